@@ -1,0 +1,155 @@
+"""The operators as torch sees them: opaque to the compiler, with their gradients and fake results.
+
+Registered as custom operators because they loop over blocks: traced, that loop would be unrolled;
+opaque, ``torch.compile(fullgraph=True)`` takes them for any size. This is also where a device with
+a faster path than `reference` is sent to it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+# Annotations in this file must be types, not strings: torch infers the schemas from them.
+
+
+@torch.library.custom_op("anchorda::class_sums", mutates_args=())
+def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """See `reference.class_sums`."""
+    return reference.class_sums(features, labels, num_classes)
+
+
+@class_sums.register_fake
+def _(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if reference.has_float64(features.device) else torch.float32
+    sums = features.new_empty(num_classes, features.shape[1], dtype=dtype)
+    return sums, features.new_empty(num_classes, dtype=torch.int64)
+
+
+@torch.library.custom_op("anchorda::image_sums", mutates_args=())
+def image_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """See `reference.image_sums`; differentiable."""
+    return reference.image_sums(features, labels, num_classes)
+
+
+@image_sums.register_fake
+def _(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    n, d = features.shape[:2]
+    sums = features.new_empty(n, num_classes, d, dtype=reference.result_dtype(features))
+    return sums, features.new_empty(n, num_classes, dtype=torch.int64)
+
+
+@torch.library.custom_op("anchorda::image_sums_backward", mutates_args=())
+def image_sums_backward(grad_sums: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """See `reference.image_sums_backward`."""
+    return reference.image_sums_backward(grad_sums, features, labels)
+
+
+@image_sums_backward.register_fake
+def _(grad_sums: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _image_sums_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Any) -> None:
+    features, labels, _ = inputs
+    ctx.save_for_backward(features, labels)
+
+
+def _image_sums_grad(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    return image_sums_backward(grad_sums, *ctx.saved_tensors), None, None
+
+
+image_sums.register_autograd(_image_sums_grad, setup_context=_image_sums_setup)
+
+
+@torch.library.custom_op("anchorda::anchor_distances", mutates_args=())
+def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
+    """See `reference.anchor_distances`; differentiable in the features."""
+    return reference.anchor_distances(features, anchors)
+
+
+@anchor_distances.register_fake
+def _(features: Tensor, anchors: Tensor) -> Tensor:
+    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
+    return features.new_empty(shape, dtype=reference.result_dtype(features))
+
+
+@torch.library.custom_op("anchorda::anchor_distances_backward", mutates_args=())
+def anchor_distances_backward(
+    grad_distances: Tensor, distances: Tensor, features: Tensor, anchors: Tensor
+) -> Tensor:
+    """See `reference.anchor_distances_backward`."""
+    return reference.anchor_distances_backward(grad_distances, distances, features, anchors)
+
+
+@anchor_distances_backward.register_fake
+def _(grad_distances: Tensor, distances: Tensor, features: Tensor, anchors: Tensor) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _anchor_distances_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs)
+
+
+def _anchor_distances_grad(ctx: Any, grad_distances: Tensor) -> tuple[Tensor, None]:
+    return anchor_distances_backward(grad_distances, *ctx.saved_tensors), None
+
+
+anchor_distances.register_autograd(_anchor_distances_grad, setup_context=_anchor_distances_setup)
+
+
+@torch.library.custom_op("anchorda::nearest_anchors", mutates_args=())
+def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.nearest_anchors`."""
+    return reference.nearest_anchors(features, anchors)
+
+
+@nearest_anchors.register_fake
+def _(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (features.shape[0], *features.shape[2:])
+    nearest = features.new_empty(shape, dtype=reference.result_dtype(features))
+    return features.new_empty(shape, dtype=torch.int64), nearest, torch.empty_like(nearest)
+
+
+@torch.library.custom_op("anchorda::pixel_losses", mutates_args=())
+def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
+    """See `reference.pixel_losses`; differentiable in the features."""
+    return reference.pixel_losses(features, labels, anchors, distance)
+
+
+@pixel_losses.register_fake
+def _(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
+    shape = (features.shape[0], *features.shape[2:])
+    return features.new_empty(shape, dtype=reference.result_dtype(features))
+
+
+@torch.library.custom_op("anchorda::pixel_losses_backward", mutates_args=())
+def pixel_losses_backward(
+    grad_losses: Tensor, features: Tensor, labels: Tensor, anchors: Tensor, distance: str
+) -> Tensor:
+    """See `reference.pixel_losses_backward`."""
+    return reference.pixel_losses_backward(grad_losses, features, labels, anchors, distance)
+
+
+@pixel_losses_backward.register_fake
+def _(
+    grad_losses: Tensor, features: Tensor, labels: Tensor, anchors: Tensor, distance: str
+) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _pixel_losses_setup(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor
+) -> None:
+    features, labels, anchors, ctx.distance = inputs
+    ctx.save_for_backward(features, labels, anchors)
+
+
+def _pixel_losses_grad(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
+    grad = pixel_losses_backward(grad_losses, *ctx.saved_tensors, ctx.distance)
+    return grad, None, None, None
+
+
+pixel_losses.register_autograd(_pixel_losses_grad, setup_context=_pixel_losses_setup)

@@ -1,0 +1,23 @@
+"""How a module's state survives ``.half()``, ``.to(dtype)`` and the like on a parent module."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ._ops.reference import has_float64
+
+
+def move_buffers(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Follow the device that ``nn.Module._apply(fn)`` asks for, and nothing else.
+
+    A running mean over 10⁸ pixels, or a threshold of 0.95, does not outlive a cast to half
+    precision. On a device without float64 a float64 buffer stays on the CPU.
+    """
+    for name, buffer in module.named_buffers(recurse=False):
+        device = fn(torch.empty(0, device=buffer.device)).device
+        if buffer.dtype == torch.float64 and not has_float64(device):
+            device = torch.device("cpu")
+        # A buffer on the meta device has no values to move.
+        moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+        setattr(module, name, moved)

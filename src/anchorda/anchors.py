@@ -1,0 +1,400 @@
+"""Class anchors: per-class sums, per-image centroids, and their streaming accumulator."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from . import _ops
+from ._checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_features,
+    check_fits,
+    check_ignore_index,
+    check_label_map,
+    check_labels,
+    check_logits,
+    check_range,
+    check_sums,
+)
+from ._ops.reference import has_float64
+from ._state import move_buffers
+
+
+class ClassSums(NamedTuple):
+    """What `class_sums` returns."""
+
+    sums: Tensor
+    """(C, D) float64: the sum of the features of each class."""
+    counts: Tensor
+    """(C,) int64: how many features each sum holds."""
+
+
+def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> ClassSums:
+    r"""Sum the features of each class.
+
+    .. math:: s_c = \sum_{i : y_i = c} x_i, \qquad n_c = |\{i : y_i = c\}|
+
+    Labels outside ``[0, num_classes)`` are ignored, and so is a feature that holds a NaN or an
+    infinity. The sums are accumulated in float64 (float32 on a device without it). They carry no
+    gradient; `image_centroids` does.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        labels: ``(N, *)``, any integer dtype.
+        num_classes: C.
+
+    Returns:
+        ``ClassSums(sums (C, D), counts (C,) int64)``.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``num_classes`` is wrong.
+
+    Source: equation 2 of CAG-UDA (arXiv 1910.13049), before the division.
+
+    >>> features = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    >>> sums, counts = class_sums(features, torch.tensor([0, 0, 255]), num_classes=2)
+    >>> sums
+    tensor([[4., 6.],
+            [0., 0.]], dtype=torch.float64)
+    >>> counts
+    tensor([2, 0])
+    """
+    check_features(features)
+    check_labels(labels, features)
+    check_count(num_classes, "num_classes")
+    return ClassSums(*_ops.class_sums(features.detach(), labels, num_classes))
+
+
+def image_centroids(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    min_pixels: int = 1,
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor]:
+    r"""Average the features of each class within each image.
+
+    .. math:: x'_{n,:,c} = \frac{1}{|P_{n,c}|} \sum_{p \in P_{n,c}} x_{n,:,p}, \qquad y'_{n,c} = c
+
+    with :math:`P_{n,c}` the pixels of image n whose label is c. The result is again features with
+    labels, C "pixels" an image, and goes wherever those go: into `CategoryAnchors.update`, where
+    every image then has the same say, or into a loss. Differentiable in the features.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        labels: ``(N, *)``, any integer dtype; outside ``[0, num_classes)`` is ignored.
+        num_classes: C.
+        min_pixels: a class with fewer pixels in an image is ignored in that image.
+        ignore_index: the label of a class that an image has too little of.
+
+    Returns:
+        Features ``(N, D, C)``, float32 (float64 for float64 features), NaN where an image holds
+        nothing of a class; and labels ``(N, C)`` int64, the class or ``ignore_index``.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or a number is wrong, or ``ignore_index`` is a class.
+
+    Source: released CAG-UDA code, with ``min_pixels=10`` (the paper averages over all pixels).
+
+    >>> features = torch.tensor([[[1.0, 3.0, 10.0]]])  # one image of three pixels, D = 1
+    >>> image_centroids(features, torch.tensor([[0, 0, 1]]), num_classes=3)
+    (tensor([[[ 2., 10., nan]]]), tensor([[  0,   1, 255]]))
+    """
+    check_features(features)
+    check_labels(labels, features)
+    check_count(num_classes, "num_classes")
+    check_count(min_pixels, "min_pixels")
+    check_ignore_index(ignore_index, num_classes)
+    sums, counts = _ops.image_sums(features, labels, num_classes)
+    means = torch.where(counts[..., None] > 0, sums / counts[..., None].clamp(min=1), torch.nan)
+    classes = torch.arange(num_classes, device=features.device)
+    return means.mT, torch.where(counts >= min_pixels, classes, ignore_index)
+
+
+def keep_correct(labels: Tensor, logits: Tensor, *, ignore_index: int = 255) -> Tensor:
+    r"""Keep the labels that the classifier agrees with.
+
+    .. math:: y'_i = y_i \text{ if } y_i = \arg\max_c z_{i,c} \text{ else ignore\_index}
+
+    Args:
+        labels: ``(N, *)``, any integer dtype.
+        logits: ``(N, C, *)``, floating point. A pixel with a NaN among its logits is ignored.
+        ignore_index: the label of all other pixels.
+
+    Returns:
+        ``(N, *)`` in the dtype of ``labels``.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape or a device is wrong, ``ignore_index`` is a class, or the dtype of
+            ``labels`` cannot hold it.
+
+    Source: section 3.2 of CAG-UDA and its released code: anchors are averaged over the correctly
+    classified source pixels.
+
+    >>> logits = torch.tensor([[2.0, 1.0], [0.0, 5.0], [3.0, 0.0]])
+    >>> keep_correct(torch.tensor([0, 0, 255]), logits)
+    tensor([  0, 255, 255])
+    """
+    check_logits(logits)
+    check_labels(labels, logits, "logits")
+    check_ignore_index(ignore_index, logits.shape[1])
+    check_fits(ignore_index, labels)
+    largest, predictions = logits.detach().max(dim=1)
+    # `max` returns the NaN where there is one, whose position means nothing.
+    correct = (predictions == labels.long()) & ~largest.isnan()
+    return torch.where(correct, labels, ignore_index).to(labels.dtype)
+
+
+def resize_labels(
+    labels: Tensor,
+    size: Sequence[int],
+    *,
+    mode: Literal["nearest", "majority"] = "nearest",
+    min_ratio: float = 0.75,
+    ignore_index: int = 255,
+) -> Tensor:
+    r"""Resize label maps without inventing labels.
+
+    ``"nearest"`` takes pixel :math:`\lfloor i \cdot \text{in} / \text{out} \rfloor`, as
+    ``interpolate(mode="nearest")`` does, but in integers. ``"majority"`` takes the most frequent
+    label of the cell from :math:`\lfloor i \cdot \text{in} / \text{out} \rfloor` to
+    :math:`\lceil (i + 1) \cdot \text{in} / \text{out} \rceil`, the bins of adaptive pooling, where
+    its share of the cell is at least ``min_ratio``, and ``ignore_index`` elsewhere: borders between
+    classes are left out rather than given to one side. Ignored pixels count towards a cell.
+
+    Args:
+        labels: ``(N, *)``, any integer dtype.
+        size: the new spatial size, such as ``features.shape[2:]``.
+        mode: how a pixel of the result is chosen.
+        min_ratio: the least share of its cell a majority needs, in [0, 1]. Of equally frequent
+            labels the smallest wins.
+        ignore_index: the label of a cell without such a majority.
+
+    Returns:
+        ``(N, *size)`` in the dtype of ``labels``.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if ``size`` has another rank than ``labels`` or holds a number below 1, if
+            ``mode`` or ``min_ratio`` is wrong, or if the dtype of ``labels`` cannot hold
+            ``ignore_index``.
+
+    Source: ``"nearest"`` is the released CAG-UDA code's; ``"majority"`` follows DAFormer
+    (arXiv 2111.14887), section 3.3, whose ratio of 0.75 is the default.
+
+    >>> labels = torch.tensor([[[0, 0, 1, 1], [0, 0, 2, 1]]])
+    >>> resize_labels(labels, (1, 2))
+    tensor([[[0, 1]]])
+    >>> resize_labels(labels, (1, 2), mode="majority", min_ratio=0.8)
+    tensor([[[  0, 255]]])
+    """
+    check_label_map(labels)
+    check_choice(mode, "mode", ("nearest", "majority"))
+    check_range(min_ratio, "min_ratio", 0.0, 1.0)
+    check_fits(ignore_index, labels)
+    spatial = tuple(labels.shape[1:])
+    if len(size) != len(spatial) or any(s < 1 for s in (*size, *spatial)):
+        raise ValueError(
+            f"Expected `size` to hold {len(spatial)} numbers of at least 1, one for each spatial "
+            f"dimension of `labels` of shape {tuple(labels.shape)}, but got {tuple(size)}. "
+            "Pass the size of the features, features.shape[2:]."
+        )
+    if mode == "majority":
+        return _majority(labels, size, min_ratio, ignore_index)
+    for dim, (old, new) in enumerate(zip(spatial, size, strict=True), start=1):
+        nearest = torch.arange(new, device=labels.device) * old // new
+        labels = labels.index_select(dim, nearest)
+    return labels
+
+
+def _majority(labels: Tensor, size: Sequence[int], min_ratio: float, ignore_index: int) -> Tensor:
+    index, inside = _cells(labels.shape[1:], size, labels.device)
+    padding = torch.iinfo(torch.int64).max
+    cells = labels.long().reshape(labels.shape[0], math.prod(labels.shape[1:]))[:, index]
+    cells = torch.where(inside, cells, padding).sort(dim=-1).values
+    # Sorted, equal labels form runs; how long each run is so far is known at each of its places.
+    place = torch.arange(cells.shape[-1], device=labels.device)
+    starts = cells.diff(dim=-1, prepend=cells[..., :1]) != 0
+    lengths = place - torch.where(starts, place, 0).cummax(dim=-1).values + 1
+    lengths = torch.where(cells == padding, 0, lengths)
+    longest = lengths.amax(dim=-1, keepdim=True)
+    most_frequent = torch.where(lengths == longest, cells, padding).amin(dim=-1)
+    enough = longest.squeeze(-1) / inside.sum(dim=-1) >= min_ratio
+    return torch.where(enough, most_frequent, ignore_index).to(labels.dtype)
+
+
+def _cells(old: Sequence[int], new: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat indices (*new, K) of the pixels in each cell, and which of the K are in it."""
+    rank = len(new)
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    for dim, (o, n) in enumerate(zip(old, new, strict=True)):
+        widest = o // n if o % n == 0 else o // n + 2
+        cell = torch.arange(n, device=device)[:, None]
+        pixel = cell * o // n + torch.arange(widest, device=device)
+        stop = ((cell + 1) * o + n - 1) // n
+        shape = [1] * (2 * rank)
+        shape[dim], shape[rank + dim] = n, widest
+        index = index * o + pixel.clamp(max=o - 1).reshape(shape)
+        inside = inside & (pixel < stop).reshape(shape)
+    return index.flatten(rank), inside.flatten(rank)
+
+
+@final
+class CategoryAnchors(nn.Module):
+    r"""Class anchors from a stream of batches, in one pass and constant memory.
+
+    For a batch with sums :math:`s_c` and counts :math:`n_c`, for the classes that are in it:
+
+    .. math:: a_c \leftarrow (1 - w_c)\, a_c + w_c\, \frac{s_c}{n_c}, \qquad
+              w_c = \begin{cases}
+                  n_c / (N_c + n_c) & \text{running mean} \\
+                  \text{momentum} & \text{exponential moving average}
+              \end{cases}
+
+    where :math:`N_c` is the count so far, and the first batch of a class is taken whole. The
+    running mean is the exact mean of all that was seen, whatever the order of the batches and
+    however the stream was split; with ``max_count`` it forgets like one that never saw more than
+    that many. Anchors are kept in float64 with int64 counts, in buffers that no ``.half()`` or
+    ``.to(dtype)`` degrades. ``update`` does not communicate between processes.
+
+    Args:
+        num_classes: C.
+        feature_dim: D.
+        max_count: what the counts of a running mean are capped at.
+        momentum: the weight of a new batch in an exponential moving average, in [0, 1], the
+            convention of ``nn.BatchNorm2d``. ``None`` is the running mean.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if a number is out of its range, or both options are given.
+
+    Source: equation 2 of CAG-UDA (arXiv 1910.13049); ``max_count=3000`` over `image_centroids`
+    is what its released code does.
+
+    >>> anchors = CategoryAnchors(num_classes=2, feature_dim=1)
+    >>> anchors.update(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 0]))
+    >>> anchors.update(torch.tensor([[6.0], [9.0]]), torch.tensor([0, 255]))
+    >>> anchors.compute()
+    tensor([[3.],
+            [nan]])
+    >>> anchors.counts
+    tensor([3, 0])
+    """
+
+    means: Tensor
+    """(C, D) float64: the anchors, 0 where a class is unseen. Read them through `compute`."""
+    counts: Tensor
+    """(C,) int64: what each anchor averages; capped by ``max_count``."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        max_count: int | None = None,
+        momentum: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_count(num_classes, "num_classes")
+        check_count(feature_dim, "feature_dim")
+        if max_count is not None and momentum is not None:
+            raise ValueError(
+                "Expected `max_count` or `momentum`, but got both: a capped running mean already "
+                "forgets, as an exponential moving average does."
+            )
+        if max_count is not None:
+            check_count(max_count, "max_count")
+        if momentum is not None:
+            check_range(momentum, "momentum", 0.0, 1.0)
+        self.num_classes, self.feature_dim = num_classes, feature_dim
+        self.max_count, self.momentum = max_count, momentum
+        self.register_buffer("means", torch.zeros(num_classes, feature_dim, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @property
+    def seen(self) -> Tensor:
+        """(C,) bool: which classes have contributed."""
+        return self.counts > 0
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch of features ``(N, D, *)`` with labels ``(N, *)``; see `class_sums`."""
+        check_features(features)
+        if features.shape[1] != self.feature_dim:
+            raise ValueError(
+                f"Expected `features` of shape (N, D, *) with D = {self.feature_dim}, "
+                f"but got {tuple(features.shape)}. Set feature_dim={features.shape[1]}."
+            )
+        if has_float64(features.device):
+            check_device(self.means, "anchors", features, "features")
+        self.update_sums(*class_sums(features, labels, self.num_classes))
+
+    def update_sums(self, sums: Tensor, counts: Tensor) -> None:
+        """Add class sums ``(C, D)`` of a floating dtype over integer counts ``(C,)``."""
+        check_sums(sums, counts, (self.num_classes, self.feature_dim))
+        if has_float64(sums.device):
+            check_device(sums, "sums", self.means, "anchors")
+        counts = counts.detach().to(self.counts)
+        sums = sums.detach().to(self.means)
+        weights = self._share(counts)
+        if self.momentum is not None:
+            weights = torch.where(self.seen, weights.new_full((), self.momentum), 1.0)
+        self._blend(sums / counts[:, None], counts, weights)
+
+    def merge(self, other: Self) -> None:
+        """Add what another accumulator of the same settings has seen.
+
+        Anchors are averaged with their counts as weights. For the exact running mean that is what
+        one accumulator over both streams holds; moving averages and capped counts depend on an
+        order that two streams do not have.
+        """
+        if self.extra_repr() != other.extra_repr():
+            raise ValueError(
+                f"Expected `other` to be CategoryAnchors({self.extra_repr()}), "
+                f"but got CategoryAnchors({other.extra_repr()}). Merge equal settings only."
+            )
+        check_device(other.means, "other", self.means, "anchors")
+        self._blend(other.means, other.counts, self._share(other.counts))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.means.zero_()
+        self.counts.zero_()
+
+    def compute(self) -> Tensor:
+        """The anchors (C, D) in float32, NaN in the rows of unseen classes."""
+        return torch.where(self.seen[:, None], self.means, torch.nan).float()
+
+    def _share(self, counts: Tensor) -> Tensor:
+        """What part of all that will have been seen these counts are."""
+        return counts.to(self.means.dtype) / (self.counts + counts).clamp(min=1)
+
+    def _blend(self, means: Tensor, counts: Tensor, weights: Tensor) -> None:
+        present = counts > 0
+        # Absent classes have no mean (0/0): replaced before the product, not by a weight of 0.
+        means = torch.where(present[:, None], means, self.means)
+        self.means.lerp_(means, torch.where(present, weights, 0.0)[:, None])
+        self.counts.add_(counts)
+        if self.max_count is not None:
+            self.counts.clamp_(max=self.max_count)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        move_buffers(self, fn)
+        return self
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return (
+            f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
+            f"max_count={self.max_count}, momentum={self.momentum}"
+        )

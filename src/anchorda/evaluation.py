@@ -1,0 +1,163 @@
+"""Streaming, mergeable evaluation of predictions and of pseudo-labels against the truth."""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ._checks import check_count, check_device, check_same_labels
+
+
+@final
+class ConfusionMatrix(nn.Module):
+    r"""Intersection over union, its mean, and accuracy, from a stream of predictions.
+
+    .. math:: \mathrm{IoU}_c = \frac{M_{cc}}{\sum_k M_{ck} + \sum_k M_{kc} - M_{cc}}, \qquad
+              M_{ck} = |\{i : y_i = c,\ \hat y_i = k\}|
+
+    A pixel whose truth is outside [0, C) is ignored. A prediction outside [0, C) is a wrong one:
+    abstaining does not raise a score.
+
+    Args:
+        num_classes: C.
+
+    Raises:
+        TypeError: if an argument or a dtype is wrong.
+        ValueError: if ``num_classes``, a shape or a device is wrong.
+
+    Source: the evaluation scripts of the Cityscapes data set.
+
+    >>> confusion = ConfusionMatrix(num_classes=3)
+    >>> confusion.update(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 255]]))
+    >>> confusion.iou()
+    tensor([0.5000, 0.5000,    nan], dtype=torch.float64)
+    >>> confusion.mean_iou()
+    tensor(0.5000, dtype=torch.float64)
+    """
+
+    counts: Tensor
+    """(C, C + 1) int64: truth by prediction, the last column for predictions outside [0, C)."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", _no_counts(num_classes))
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Add predictions and true labels, both ``(N, *)`` of any integer dtype."""
+        check_same_labels(labels, predictions, ("labels", "predictions"))
+        _add_counts(self.counts, predictions, labels)
+
+    def merge(self, other: Self) -> None:
+        """Add what another matrix of as many classes has counted."""
+        _merge_counts(self.counts, other.counts)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.counts.zero_()
+
+    def iou(self) -> Tensor:
+        """IoU (C,) float64; NaN for a class that is neither in the truth nor predicted."""
+        hits = self.counts.diagonal()
+        return _ratio(hits, self.counts.sum(dim=1) + self.counts.sum(dim=0)[:-1] - hits)
+
+    def mean_iou(self) -> Tensor:
+        """Mean IoU () float64 over the classes that occur in the truth; NaN if none does."""
+        occurs = self.counts.sum(dim=1) > 0
+        return torch.where(occurs, self.iou(), torch.nan).nanmean()
+
+    def accuracy(self) -> Tensor:
+        """Fraction () float64 of the pixels that are predicted right; NaN without pixels."""
+        return _ratio(self.counts.diagonal().sum(), self.counts.sum())
+
+
+@final
+class PseudoLabelQuality(nn.Module):
+    r"""Coverage, precision and recall of pseudo-labels, per class, from a stream.
+
+    With :math:`M_{ck}` the pixels of true class c and pseudo-label k, and :math:`M_{c-}` those
+    without a pseudo-label:
+
+    .. math:: \mathrm{coverage}_c = 1 - \frac{M_{c-}}{\sum_k M_{ck} + M_{c-}}, \qquad
+              \mathrm{precision}_c = \frac{M_{cc}}{\sum_k M_{kc}}, \qquad
+              \mathrm{recall}_c = \frac{M_{cc}}{\sum_k M_{ck} + M_{c-}}
+
+    A pixel whose truth is outside [0, C) is ignored.
+
+    Args:
+        num_classes: C.
+
+    Raises:
+        TypeError: if an argument or a dtype is wrong.
+        ValueError: if ``num_classes``, a shape or a device is wrong.
+
+    >>> quality = PseudoLabelQuality(num_classes=2)
+    >>> quality.update(torch.tensor([[0, 1, 255, 0]]), torch.tensor([[0, 1, 1, 1]]))
+    >>> quality.coverage()
+    tensor([1.0000, 0.6667], dtype=torch.float64)
+    >>> quality.precision()
+    tensor([0.5000, 1.0000], dtype=torch.float64)
+    >>> quality.recall()
+    tensor([1.0000, 0.3333], dtype=torch.float64)
+    """
+
+    counts: Tensor
+    """(C, C + 1) int64: truth by pseudo-label, the last column for pixels without one."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", _no_counts(num_classes))
+
+    def update(self, pseudo_labels: Tensor, labels: Tensor) -> None:
+        """Add pseudo-labels and true labels, both ``(N, *)`` of any integer dtype."""
+        check_same_labels(labels, pseudo_labels, ("labels", "pseudo_labels"))
+        _add_counts(self.counts, pseudo_labels, labels)
+
+    def merge(self, other: Self) -> None:
+        """Add what another one of as many classes has counted."""
+        _merge_counts(self.counts, other.counts)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.counts.zero_()
+
+    def coverage(self) -> Tensor:
+        """Labeled fraction (C,) float64 of each true class; NaN for a class not in the truth."""
+        return _ratio(self.counts[:, :-1].sum(dim=1), self.counts.sum(dim=1))
+
+    def precision(self) -> Tensor:
+        """Right fraction (C,) float64 of each pseudo-label; NaN for one that was never given."""
+        return _ratio(self.counts.diagonal(), self.counts[:, :-1].sum(dim=0))
+
+    def recall(self) -> Tensor:
+        """Fraction (C,) float64 of each true class labeled right; NaN if not in the truth."""
+        return _ratio(self.counts.diagonal(), self.counts.sum(dim=1))
+
+
+def _no_counts(num_classes: int) -> Tensor:
+    check_count(num_classes, "num_classes")
+    return torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
+
+
+def _add_counts(counts: Tensor, predictions: Tensor, labels: Tensor) -> None:
+    """Count pairs of labels without a look at how many there are: no host synchronization."""
+    check_device(counts, "counts", labels, "labels")
+    num_classes, columns = counts.shape
+    truth, predicted = labels.long().flatten(), predictions.long().flatten()
+    valid = (truth >= 0) & (truth < num_classes)
+    predicted = torch.where((predicted >= 0) & (predicted < num_classes), predicted, num_classes)
+    cell = torch.where(valid, truth * columns + predicted, 0)
+    counts.view(-1).scatter_add_(0, cell, valid.long())
+
+
+def _merge_counts(counts: Tensor, other: Tensor) -> None:
+    if counts.shape != other.shape:
+        raise ValueError(
+            f"Expected `other` with {counts.shape[0]} classes, but got {other.shape[0]}."
+        )
+    check_device(other, "other", counts, "counts")
+    counts.add_(other)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return part.double() / whole

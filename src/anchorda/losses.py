@@ -1,0 +1,347 @@
+"""Losses over features and (pseudo-)labels: pull features to their anchor, keep classes apart.
+
+Each is a function and a module that calls it. Anchors are passed in, never owned and never
+differentiated through. Where no pixel is active a loss is a zero that is connected to the graph.
+"""
+
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _ops
+from ._checks import (
+    check_anchors,
+    check_choice,
+    check_device,
+    check_features,
+    check_labels,
+    check_logits,
+    check_range,
+)
+
+Distance = Literal["euclidean", "squared", "smooth_l1"]
+Average = Literal["pixel", "class"]
+
+
+def anchor_distance_loss(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    distance: Distance = "euclidean",
+    average: Average = "pixel",
+) -> Tensor:
+    r"""Mean distance of the features to the anchor of their label.
+
+    .. math:: \ell_i = \begin{cases}
+                  \lVert x_i - a_{y_i} \rVert_2 & \text{"euclidean"} \\
+                  \lVert x_i - a_{y_i} \rVert_2^2 & \text{"squared"} \\
+                  \frac{1}{D} \sum_j \mathrm{huber}_1(x_{ij} - a_{y_i j}) & \text{"smooth\_l1"}
+              \end{cases}
+
+    averaged over the active pixels, or, for ``average="class"``, over the pixels of each class
+    and then over the classes that have any. The Euclidean gradient at x = a is 0. Differentiable
+    once, in the features.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        labels: ``(N, *)``, any integer dtype. Active is a label in [0, C) of a seen class.
+        anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
+        distance: see above.
+        average: see above.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features). A non-finite feature propagates where
+        its label is active and nowhere else.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device, ``distance`` or ``average`` is wrong.
+
+    Source: equation 5 of CAG-UDA (arXiv 1910.13049); ``"smooth_l1"`` is its released code's.
+
+    >>> features = torch.tensor([[3.0, 4.0], [0.0, 1.0], [7.0, 7.0]], requires_grad=True)
+    >>> loss = anchor_distance_loss(features, torch.tensor([0, 0, 255]), torch.zeros(1, 2))
+    >>> loss.item()
+    3.0
+    >>> loss.backward()
+    >>> features.grad
+    tensor([[0.3000, 0.4000],
+            [0.0000, 0.5000],
+            [0.0000, 0.0000]])
+    """
+    check_choice(distance, "distance", ("euclidean", "squared", "smooth_l1"))
+    check_choice(average, "average", ("pixel", "class"))
+    targets = _active_labels(features, labels, anchors)
+    losses: Tensor = _ops.pixel_losses(features, targets, anchors.detach(), distance)
+    return (losses * _pixel_weights(targets, anchors.shape[0], average, losses.dtype)).sum()
+
+
+def discriminative_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy of the classifier on labels or pseudo-labels.
+
+    .. math:: \ell = -\frac{\sum_i w_{y_i} \log \mathrm{softmax}(z_i)_{y_i}}{\sum_i w_{y_i}}
+
+    What ``torch.nn.functional.cross_entropy`` computes, under the contract of this library: any
+    label outside [0, C) is ignored, and an ignored pixel has no influence, whatever its logits.
+
+    Args:
+        logits: ``(N, C, *)``, floating point; half precision is computed in float32.
+        labels: ``(N, *)``, any integer dtype.
+        weight: of each class, ``(C,)``.
+        label_smoothing: as in ``cross_entropy``, in [0, 1].
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``label_smoothing`` is wrong.
+
+    Source: equation 6 of CAG-UDA (arXiv 1910.13049), the discriminative term.
+
+    >>> logits = torch.zeros(2, 4)
+    >>> discriminative_loss(logits, torch.tensor([1, 255]))
+    tensor(1.3863)
+    """
+    check_logits(logits)
+    check_labels(labels, logits, "logits")
+    check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
+    num_classes = logits.shape[1]
+    labels = labels.long()
+    active = (labels >= 0) & (labels < num_classes)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if weight is None:
+        total = active.sum()
+    else:
+        _check_weight(weight, logits)
+        weight = weight.to(logits.dtype)
+        total = torch.where(active, weight[labels.clamp(0, num_classes - 1)], 0.0).sum()
+    summed = _cross_entropy_sum(logits, torch.where(active, labels, -1), weight, label_smoothing)
+    return summed / torch.where(total == 0, 1, total)
+
+
+def anchor_contrastive_loss(
+    features: Tensor, labels: Tensor, anchors: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    r"""Cross-entropy of the softmax over negative distances to the anchors.
+
+    .. math:: \ell_i = -\log \frac{\exp(-\lVert x_i - a_{y_i} \rVert_2 / \tau)}
+                                  {\sum_{k\ \text{seen}} \exp(-\lVert x_i - a_k \rVert_2 / \tau)}
+
+    averaged over the active pixels: the explicit push away from the anchors of other classes.
+    Differentiable once, in the features.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        labels: ``(N, *)``, any integer dtype. Active is a label in [0, C) of a seen class.
+        anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
+        temperature: τ > 0, in the units of the features.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features). A non-finite feature propagates where
+        its label is active and nowhere else.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``temperature`` is wrong.
+
+    Source: the pixel-to-prototype contrast of ProDA (arXiv 2101.10979) and SePiCo (arXiv
+    2204.08808), with the Euclidean distance of CAG-UDA.
+
+    >>> anchors = torch.tensor([[0.0], [2.0]])
+    >>> anchor_contrastive_loss(torch.tensor([[0.0]]), torch.tensor([0]), anchors)
+    tensor(0.1269)
+    """
+    _check_temperature(temperature)
+    targets = _active_labels(features, labels, anchors)
+    distances: Tensor = _ops.anchor_distances(features, anchors.detach())
+    summed = _cross_entropy_sum(-distances / temperature, targets)
+    return summed / (targets >= 0).sum().clamp(min=1)
+
+
+@final
+class AnchorDistanceLoss(nn.Module):
+    r"""Mean distance of the features to the anchor of their label; see `anchor_distance_loss`.
+
+    Args:
+        distance: ``"euclidean"`` ‖x − a‖₂, ``"squared"`` ‖x − a‖₂², or ``"smooth_l1"``, the mean
+            over D of the Huber function at 1.
+        average: over the active ``"pixel"``s, or within each ``"class"`` first.
+
+    Shape:
+        - features: ``(N, D, *)``, floating point; labels: ``(N, *)``, integer; anchors:
+          ``(C, D)``, floating point.
+        - Output: scalar, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or an option is wrong.
+
+    Source: equation 5 of CAG-UDA (arXiv 1910.13049).
+
+    >>> features, anchors = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+    >>> AnchorDistanceLoss("squared")(features, torch.tensor([0]), anchors)
+    tensor(25.)
+    """
+
+    def __init__(self, distance: Distance = "euclidean", *, average: Average = "pixel") -> None:
+        super().__init__()
+        check_choice(distance, "distance", ("euclidean", "squared", "smooth_l1"))
+        check_choice(average, "average", ("pixel", "class"))
+        self.distance: Distance = distance
+        self.average: Average = average
+
+    def forward(self, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D)."""
+        return anchor_distance_loss(
+            features, labels, anchors, distance=self.distance, average=self.average
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"{self.distance!r}, average={self.average!r}"
+
+
+@final
+class DiscriminativeLoss(nn.Module):
+    r"""Cross-entropy of the classifier on (pseudo-)labels; see `discriminative_loss`.
+
+    Args:
+        weight: of each class, ``(C,)``; a buffer.
+        label_smoothing: as in ``torch.nn.CrossEntropyLoss``, in [0, 1].
+
+    Shape:
+        - logits: ``(N, C, *)``, floating point; labels: ``(N, *)``, integer, ignored outside
+          [0, C).
+        - Output: scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or an option is wrong.
+
+    Source: equation 6 of CAG-UDA (arXiv 1910.13049).
+
+    >>> DiscriminativeLoss()(torch.zeros(1, 4), torch.tensor([1]))
+    tensor(1.3863)
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, *, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
+        self.register_buffer("weight", weight)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of logits (N, C, *) with labels (N, *)."""
+        return discriminative_loss(
+            logits, labels, weight=self.weight, label_smoothing=self.label_smoothing
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"label_smoothing={self.label_smoothing}"
+
+
+@final
+class AnchorContrastiveLoss(nn.Module):
+    r"""Cross-entropy of the softmax over negative distances; see `anchor_contrastive_loss`.
+
+    Args:
+        temperature: τ > 0, in the units of the features.
+
+    Shape:
+        - features: ``(N, D, *)``, floating point; labels: ``(N, *)``, integer; anchors:
+          ``(C, D)``, floating point.
+        - Output: scalar, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``temperature`` is wrong.
+
+    Source: the pixel-to-prototype contrast of ProDA (arXiv 2101.10979).
+
+    >>> anchors = torch.tensor([[0.0], [2.0]])
+    >>> AnchorContrastiveLoss(temperature=2.0)(torch.tensor([[0.0]]), torch.tensor([0]), anchors)
+    tensor(0.3133)
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.temperature = temperature
+
+    def forward(self, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D)."""
+        return anchor_contrastive_loss(features, labels, anchors, temperature=self.temperature)
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"temperature={self.temperature}"
+
+
+def _active_labels(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    """Labels int64 (N, *), −1 where outside [0, C) or of an unseen class."""
+    check_features(features)
+    check_labels(labels, features)
+    check_anchors(anchors, features)
+    num_classes = anchors.shape[0]
+    seen = anchors.detach().isfinite().all(dim=1)
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < num_classes)
+    return torch.where(valid & seen[labels.clamp(0, num_classes - 1)], labels, -1)
+
+
+def _pixel_weights(
+    targets: Tensor, num_classes: int, average: Average, dtype: torch.dtype
+) -> Tensor:
+    """Weights (N, *) with which the pixels' losses sum up to their average."""
+    active = targets >= 0
+    if average == "pixel":
+        return active.to(dtype) / active.sum().clamp(min=1)
+    targets = targets.clamp(min=0)
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=targets.device)
+    counts.scatter_add_(0, targets.flatten(), active.flatten().long())
+    present = (counts > 0).sum()
+    return active.to(dtype) / (counts[targets] * present).clamp(min=1)
+
+
+def _cross_entropy_sum(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy summed over the pixels whose target is not −1."""
+    # The softmax of an ignored pixel enters the gradient as 0·softmax: NaN where that is NaN.
+    logits = torch.where((targets >= 0).unsqueeze(1), logits, 0.0)
+    return F.cross_entropy(
+        logits,
+        targets,
+        weight,
+        ignore_index=-1,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def _check_weight(weight: Tensor, logits: Tensor) -> None:
+    if tuple(weight.shape) != (logits.shape[1],):
+        raise ValueError(
+            f"Expected `weight` of shape (C,) = ({logits.shape[1]},) to match `logits`, "
+            f"but got {tuple(weight.shape)}."
+        )
+    check_device(weight, "weight", logits, "logits")
+
+
+def _check_temperature(temperature: float) -> None:
+    check_range(temperature, "temperature", 0.0, float("inf"))
+    if temperature == 0:
+        raise ValueError("Expected `temperature` above 0, but got 0.")

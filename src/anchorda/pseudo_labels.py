@@ -1,0 +1,265 @@
+"""Pseudo-labels for target pixels, from distances to the anchors or from class probabilities."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from . import _ops
+from ._checks import (
+    check_anchors,
+    check_choice,
+    check_features,
+    check_ignore_index,
+    check_logits,
+    check_per_class,
+    check_same_labels,
+)
+from ._state import move_buffers
+
+
+class PseudoLabels(NamedTuple):
+    """What a labeler returns."""
+
+    labels: Tensor
+    """(N, *) int64: a class where the pixel is active, ``ignore_index`` elsewhere."""
+    scores: Tensor
+    """(N, *) float32: what the pixels are ranked by, given for inactive pixels too; never NaN,
+    and 0 where nothing can be said (a non-finite input, or no class seen)."""
+
+
+def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
+    r"""Euclidean distances from every feature to every anchor.
+
+    .. math:: d_{i,k} = \lVert x_i - a_k \rVert_2
+
+    Computed in float64 inside, so that a distance near 0 is as exact as a large one.
+    Differentiable in the features, with gradient 0 where x = a; never in the anchors.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
+
+    Returns:
+        ``(N, C, *)`` float32 (float64 for float64 features); infinite for unseen classes, and
+        otherwise NaN where a feature is not finite.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape or a device is wrong.
+
+    Source: equation 3 of CAG-UDA (arXiv 1910.13049).
+
+    >>> anchors = torch.tensor([[0.0, 0.0], [3.0, 4.0], [torch.nan, torch.nan]])
+    >>> anchor_distances(torch.zeros(1, 2), anchors)
+    tensor([[0., 5., inf]])
+    """
+    check_features(features)
+    check_anchors(anchors, features)
+    distances: Tensor = _ops.anchor_distances(features, anchors.detach())
+    return distances
+
+
+def combine_pseudo_labels(
+    first: Tensor,
+    second: Tensor,
+    rule: Literal["agree", "union"] = "agree",
+    *,
+    ignore_index: int = 255,
+) -> Tensor:
+    r"""Combine the labels of two labelers.
+
+    Both rules keep a label on which the two agree and ignore a disagreement. ``"union"`` also
+    keeps a label where just one of the two is active.
+
+    Args:
+        first: ``(N, *)``, any integer dtype.
+        second: ``(N, *)``, likewise.
+        rule: see above.
+        ignore_index: what both labelers write where they are inactive, and what this does.
+
+    Returns:
+        ``(N, *)`` int64.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if the shapes or devices differ, or ``rule`` is unknown.
+
+    Source: the filters of ensemble pseudo-labeling; CAG-UDA itself keeps both label maps and
+    averages their two losses.
+
+    >>> first, second = torch.tensor([[0, 1, 255, 1]]), torch.tensor([[0, 2, 2, 255]])
+    >>> combine_pseudo_labels(first, second)
+    tensor([[  0, 255, 255, 255]])
+    >>> combine_pseudo_labels(first, second, "union")
+    tensor([[  0, 255,   2,   1]])
+    """
+    check_same_labels(first, second, ("first", "second"))
+    check_choice(rule, "rule", ("agree", "union"))
+    first, second = first.long(), second.long()
+    combined = torch.where(first == second, first, ignore_index)
+    if rule == "union":
+        combined = torch.where(first == ignore_index, second, combined)
+        combined = torch.where(second == ignore_index, first, combined)
+    return combined
+
+
+@final
+class AnchorPseudoLabeler(nn.Module):
+    r"""Label a pixel with its nearest anchor where that is nearer than the next by a margin.
+
+    .. math:: \hat y_i = \arg\min_k d_{i,k}, \qquad m_i = d_{i,(2)} - d_{i,(1)}, \qquad
+              \text{active where } m_i > \text{min\_margin}_{\hat y_i}
+
+    with the distances of `anchor_distances` in ascending order. Carries no gradient.
+
+    Args:
+        min_margin: what the score must exceed, strictly; one number, or one for each class as a
+            tensor ``(C,)``. In the units of the features, so it belongs to one network: 2.5 in
+            the paper; with the default every pixel gets its nearest anchor but for exact ties.
+        relative: divide the margin by the distance to the runner-up, which makes it a number in
+            [0, 1] that is free of the scale of the features.
+        ignore_index: the label of inactive pixels.
+
+    Shape:
+        - features: ``(N, D, *)``, floating point. Where one is not finite: ignored, score 0.
+        - anchors: ``(C, D)``. A row that is not finite is an unseen class: never nearest, never
+          runner-up.
+        - Output: ``PseudoLabels(labels (N, *) int64, scores (N, *) float32)``. The score is the
+          margin: with one class seen infinite (1 if ``relative``), with none 0 and ignored.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``min_margin`` is wrong, or ``ignore_index`` is a class.
+
+    Source: equations 3 and 4 of CAG-UDA (arXiv 1910.13049).
+
+    >>> anchors = torch.tensor([[0.0], [10.0]])
+    >>> features = torch.tensor([[1.0], [4.5], [12.0]])
+    >>> AnchorPseudoLabeler(min_margin=2.5)(features, anchors)
+    PseudoLabels(labels=tensor([  0, 255,   1]), scores=tensor([ 8.,  1., 10.]))
+    """
+
+    min_margin: Tensor
+    """() or (C,) float32."""
+
+    def __init__(
+        self,
+        min_margin: float | Tensor = 0.0,
+        *,
+        relative: bool = False,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("min_margin", _minimum(min_margin, "min_margin"))
+        self.relative = relative
+        self.ignore_index = ignore_index
+
+    def forward(self, features: Tensor, anchors: Tensor) -> PseudoLabels:
+        """Label the pixels of features (N, D, *) by anchors (C, D)."""
+        check_features(features)
+        check_anchors(anchors, features)
+        check_per_class(self.min_margin, "min_margin", anchors.shape[0], features)
+        check_ignore_index(self.ignore_index, anchors.shape[0])
+        classes, nearest, second = _ops.nearest_anchors(features.detach(), anchors.detach())
+        if self.relative:
+            margins = torch.where(second > 0, 1 - nearest / second, 0.0)
+        else:
+            margins = second - nearest
+        return _active(classes, margins, self.min_margin, self.ignore_index)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        move_buffers(self, fn)
+        return self
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return (
+            f"min_margin={self.min_margin.tolist()}, relative={self.relative}, "
+            f"ignore_index={self.ignore_index}"
+        )
+
+
+@final
+class ProbabilityPseudoLabeler(nn.Module):
+    r"""Label a pixel with its most probable class where that is probable enough.
+
+    .. math:: p_i = \mathrm{softmax}(z_i), \qquad \hat y_i = \arg\max_k p_{i,k}, \qquad
+              \text{active where } p_{i,\hat y_i} > \text{min\_probability}_{\hat y_i}
+
+    Carries no gradient.
+
+    Args:
+        min_probability: what the score must exceed, strictly; one number, or one for each class
+            as a tensor ``(C,)``.
+        ignore_index: the label of inactive pixels.
+
+    Shape:
+        - logits: ``(N, C, *)``, floating point. Where the softmax is not finite: ignored, score 0.
+        - Output: ``PseudoLabels(labels (N, *) int64, scores (N, *) float32)``. The score is the
+          largest probability.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``min_probability`` is wrong, or ``ignore_index`` is a
+            class.
+
+    Source: section 3.3 of CAG-UDA (arXiv 1910.13049); 0.95 is its released code's.
+
+    >>> logits = torch.tensor([[0.0, 4.0], [0.0, 1.0]])
+    >>> labels, scores = ProbabilityPseudoLabeler(0.95)(logits)
+    >>> labels
+    tensor([  1, 255])
+    >>> scores
+    tensor([0.9820, 0.7311])
+    """
+
+    min_probability: Tensor
+    """() or (C,) float32."""
+
+    def __init__(self, min_probability: float | Tensor = 0.95, *, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.register_buffer("min_probability", _minimum(min_probability, "min_probability"))
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor) -> PseudoLabels:
+        """Label the pixels of logits (N, C, *)."""
+        check_logits(logits)
+        check_per_class(self.min_probability, "min_probability", logits.shape[1], logits)
+        check_ignore_index(self.ignore_index, logits.shape[1])
+        probabilities = logits.detach().float().softmax(dim=1)
+        scores, classes = probabilities.max(dim=1)
+        classes = torch.where(scores.isfinite(), classes, -1)
+        return _active(classes, scores, self.min_probability, self.ignore_index)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        move_buffers(self, fn)
+        return self
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"min_probability={self.min_probability.tolist()}, ignore_index={self.ignore_index}"
+
+
+def _minimum(value: float | Tensor, name: str) -> Tensor:
+    minimum = torch.as_tensor(value).detach().to(torch.float32, copy=True)
+    if minimum.ndim > 1:
+        raise ValueError(
+            f"Expected `{name}` to be one number or of shape (C,), but got {tuple(minimum.shape)}."
+        )
+    if bool(minimum.isnan().any()):
+        raise ValueError(
+            f"Expected `{name}` without NaN, but got {value}. "
+            "Use float('inf') for a class that shall not be labeled."
+        )
+    return minimum
+
+
+def _active(classes: Tensor, scores: Tensor, minimum: Tensor, ignore_index: int) -> PseudoLabels:
+    """Labels where a class (−1 for none) has a score above its minimum."""
+    labeled = classes >= 0
+    scores = torch.where(labeled, scores, 0.0).float()
+    of_class = minimum[classes.clamp(min=0)] if minimum.ndim == 1 else minimum
+    return PseudoLabels(torch.where(labeled & (scores > of_class), classes, ignore_index), scores)
