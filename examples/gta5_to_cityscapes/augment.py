@@ -22,46 +22,55 @@ def photometric(images: Tensor, generator: torch.Generator | None = None) -> Ten
     Returns:
         Images of the same shape in [0, 1].
     """
-    draw = _Uniform(images, generator)
-    images = images.pow(draw.log_between(0.6, 2.0))
+    draw = _Draw(images, generator)
+    images = images.pow(draw.factor(0.6, 2.0))
     images = _recolor(images, draw).clamp_(0, 1)
-    images = _blur(images, draw.between(0.0, 1.2))
+    images = _blur(images, draw.amount(0.0, 1.2))
     noise = torch.empty_like(images).normal_(generator=generator)
-    return images.addcmul_(noise, draw.between(0.0, 0.04)).clamp_(0, 1)
+    return images.addcmul_(noise, draw.amount(0.0, 0.04)).clamp_(0, 1)
 
 
-class _Uniform:
-    """Draws one number per image, shaped to broadcast over it."""
+class _Draw:
+    """Draws numbers per image, shaped to broadcast over it.
+
+    Each image has a strength that scales all its changes, so that mild ones stay common however
+    far the ranges reach; without it a network hardly meets its source domain any more.
+    """
 
     def __init__(self, images: Tensor, generator: torch.Generator | None) -> None:
         self.images = images
         self.generator = generator
+        self.strength = self.uniform(0.0, 1.0)
 
-    def between(self, low: float, high: float, channels: int = 1) -> Tensor:
+    def uniform(self, low: float, high: float, channels: int = 1) -> Tensor:
         values = self.images.new_empty(len(self.images), channels, 1, 1)
         return values.uniform_(low, high, generator=self.generator)
 
-    def log_between(self, low: float, high: float, channels: int = 1) -> Tensor:
-        return self.between(math.log(low), math.log(high), channels).exp_()
+    def amount(self, low: float, high: float) -> Tensor:
+        return self.strength * self.uniform(low, high)
+
+    def factor(self, low: float, high: float, channels: int = 1) -> Tensor:
+        exponents = self.uniform(math.log(low), math.log(high), channels)
+        return torch.exp(self.strength * exponents)
 
 
-def _recolor(images: Tensor, draw: _Uniform) -> Tensor:
+def _recolor(images: Tensor, draw: _Draw) -> Tensor:
     """Apply hue, saturation, contrast, cast and brightness: all affine, so one matrix product."""
     luma = images.new_tensor(_LUMA)
     eye = torch.eye(3, dtype=images.dtype, device=images.device)
     mean = images.mean((2, 3)).unsqueeze(2)
 
     # Hue turns colors about the gray axis.
-    angle = draw.between(-0.3, 0.3).squeeze(-1)
+    angle = draw.amount(-0.3, 0.3).squeeze(-1)
     cross = eye.roll(1, 0) - eye.roll(1, 1)
     hue = angle.cos() * eye + (1 - angle.cos()) / 3 + angle.sin() / math.sqrt(3) * cross
 
-    saturation = draw.between(0.2, 1.6).squeeze(-1)
-    saturation = saturation * (draw.between(0, 1).squeeze(-1) > 0.1)  # sometimes gray
+    saturation = draw.factor(0.3, 1.6).squeeze(-1)
+    saturation = saturation * (draw.uniform(0, 1).squeeze(-1) > 0.1)  # sometimes gray
     color = saturation * eye + (1 - saturation) * luma
 
-    contrast = draw.log_between(0.5, 1.6).squeeze(-1)
-    light = draw.log_between(0.25, 1.4).squeeze(-1) * draw.log_between(0.85, 1.18, 3).squeeze(-1)
+    contrast = draw.factor(0.5, 1.6).squeeze(-1)
+    light = draw.factor(0.25, 1.4).squeeze(-1) * draw.factor(0.85, 1.18, 3).squeeze(-1)
     matrix = light * (color @ hue)
     offset = matrix @ mean * (1 - contrast)
     flat = torch.baddbmm(offset, matrix * contrast, images.flatten(2))

@@ -6,7 +6,7 @@ images cannot leak: `cityscapes_images` and `UnlabeledImages` know no label file
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -104,8 +104,7 @@ def _describe(folder: Path) -> str:
     return f"{folder} holds {shown}" if names else f"{folder} is empty"
 
 
-def _check_pairs(pairs: Iterable[Pair]) -> None:
-    pairs = list(pairs)
+def _check_pairs(pairs: Sequence[Pair]) -> None:
     missing = [pair for pair in pairs if not pair.label.is_file()]
     if missing:
         raise DatasetError(
@@ -247,6 +246,7 @@ class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
         self.transform = transform
 
     def __len__(self) -> int:
+        """Count the images."""
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -263,6 +263,7 @@ class UnlabeledImages(Dataset[Tensor]):
         self.transform = transform
 
     def __len__(self) -> int:
+        """Count the images."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:

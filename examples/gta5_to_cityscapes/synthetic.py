@@ -12,10 +12,12 @@ import argparse
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from classes import CLASSES
@@ -26,8 +28,8 @@ from tqdm import tqdm
 Color = tuple[int, int, int]
 Range = tuple[float, float]
 
-_RAW = {entry.name: entry.raw_id for entry in CLASSES}
-_UNLABELED, _HOOD, _STATIC = 0, 1, 4
+_RAW_IDS = {"unlabeled": 0, "ego vehicle": 1, "static": 4}
+_RAW_IDS |= {entry.name: entry.raw_id for entry in CLASSES}
 _SUPERSAMPLING = 2  # scenes are painted larger and averaged down, which smooths their edges
 _CITIES = ("altstadt", "hafen", "neustadt", "weststadt")
 
@@ -51,7 +53,7 @@ class Style:
     grain: float  # size of surface noise, in pixels
     haze: float  # distance at which haze swallows 63 % of the light
     fog: Color
-    clouds: float
+    clouds: Range
     cast: tuple[float, float, float]
     exposure: Range
     contrast: float
@@ -66,20 +68,33 @@ SUNNY = Style(
     horizon=(0.42, 0.54),
     camera_height=(1.5, 2.2),
     road_width=(10.0, 16.0),
-    sidewalk_width=(2.0, 3.5),
+    sidewalk_width=(2.5, 5.0),
     storeys=(2, 6),
     window=(0.55, 0.5),
     frontage={"building": 5, "wall": 2, "fence": 2, "vegetation": 1.5, "terrain": 1.5},
     rates={
-        "car": 4.0, "truck": 0.9, "bus": 0.8, "train": 0.8, "motorcycle": 0.9, "bicycle": 0.8,
-        "person": 2.5, "pole": 3.0, "traffic light": 1.3, "traffic sign": 1.6, "tree": 2.0,
+        "car": 4.0,
+        "truck": 0.7,
+        "bus": 0.6,
+        "train": 0.5,
+        "motorcycle": 0.9,
+        "bicycle": 0.8,
+        "person": 2.5,
+        "pole": 3.0,
+        "traffic light": 1.3,
+        "traffic sign": 1.6,
+        "tree": 2.0,
         "clutter": 0.7,
     },
     colors={
         "road": ((98, 98, 102), (112, 110, 106)),
         "sidewalk": ((172, 164, 152), (186, 178, 166)),
         "building": (
-            (200, 166, 126), (176, 122, 98), (208, 198, 184), (150, 152, 164), (128, 86, 74),
+            (200, 166, 126),
+            (176, 122, 98),
+            (208, 198, 184),
+            (150, 152, 164),
+            (128, 86, 74),
         ),
         "wall": ((158, 140, 122), (182, 172, 156)),
         "fence": ((96, 92, 88), (122, 104, 84)),
@@ -103,13 +118,13 @@ SUNNY = Style(
     grain=2.0,
     haze=260.0,
     fog=(196, 212, 232),
-    clouds=0.5,
+    clouds=(0.1, 1.0),
     cast=(1.03, 1.0, 0.95),
-    exposure=(0.9, 1.12),
+    exposure=(0.8, 1.15),
     contrast=1.08,
     vignette=0.0,
     blur=0.0,
-    noise=0.008,
+    noise=0.010,
     hood=False,
 )
 
@@ -118,20 +133,33 @@ OVERCAST = Style(
     horizon=(0.38, 0.46),
     camera_height=(1.15, 1.35),
     road_width=(7.0, 11.0),
-    sidewalk_width=(1.6, 3.2),
+    sidewalk_width=(2.0, 4.0),
     storeys=(3, 5),
     window=(0.42, 0.6),
     frontage={"building": 6, "wall": 1.2, "fence": 1.5, "vegetation": 2.5, "terrain": 1},
     rates={
-        "car": 5.0, "truck": 0.6, "bus": 0.6, "train": 0.6, "motorcycle": 0.7, "bicycle": 1.5,
-        "person": 3.5, "pole": 3.0, "traffic light": 1.2, "traffic sign": 2.0, "tree": 2.5,
+        "car": 5.0,
+        "truck": 0.5,
+        "bus": 0.5,
+        "train": 0.4,
+        "motorcycle": 0.7,
+        "bicycle": 1.5,
+        "person": 3.5,
+        "pole": 3.0,
+        "traffic light": 1.2,
+        "traffic sign": 2.0,
+        "tree": 2.5,
         "clutter": 0.8,
     },
     colors={
         "road": ((92, 94, 94), (104, 104, 104)),
         "sidewalk": ((136, 132, 130), (144, 126, 118)),
         "building": (
-            (176, 164, 140), (140, 132, 124), (190, 182, 164), (150, 116, 96), (120, 118, 120),
+            (176, 164, 140),
+            (140, 132, 124),
+            (190, 182, 164),
+            (150, 116, 96),
+            (120, 118, 120),
         ),
         "wall": ((128, 122, 114), (146, 138, 130)),
         "fence": ((78, 82, 82), (104, 96, 86)),
@@ -151,17 +179,17 @@ OVERCAST = Style(
         "bicycle": ((48, 50, 54), (100, 102, 106), (110, 46, 44)),
     },
     color_spread=0.12,
-    texture=0.10,
+    texture=0.08,
     grain=1.4,
-    haze=140.0,
+    haze=160.0,
     fog=(204, 210, 208),
-    clouds=0.15,
+    clouds=(0.0, 0.3),
     cast=(0.95, 1.03, 0.97),
-    exposure=(0.7, 0.95),
-    contrast=0.92,
+    exposure=(0.78, 1.02),
+    contrast=0.95,
     vignette=0.25,
     blur=0.5,
-    noise=0.018,
+    noise=0.012,
     hood=True,
 )
 
@@ -184,7 +212,7 @@ class _Canvas:
         self.yaw = rng.normal(0.0, 0.04)
         self.sun = rng.choice([-1.0, 1.0])
         self.color = Image.new("RGB", (width, height))
-        self.label = Image.new("L", (width, height), _RAW["sky"])
+        self.label = Image.new("L", (width, height), _RAW_IDS["sky"])
         self.depth = Image.new("F", (width, height))
         self._pens = [ImageDraw.Draw(plane) for plane in (self.color, self.label, self.depth)]
 
@@ -207,14 +235,14 @@ class _Canvas:
         """Fill a polygon in space."""
         depth = sum(point[2] for point in points) / len(points)
         pixels = [self.project(*point) for point in points]
-        for pen, ink in zip(self._pens, (color, _raw_id(name), depth), strict=True):
+        for pen, ink in zip(self._pens, _inks(name, color, depth), strict=True):
             pen.polygon(pixels, fill=ink)
 
     def ground(self, name: str, color: Color, x: Range, z: Range) -> None:
         """Fill a rectangle on the ground, whose depth is already known from its row."""
         corners = ((x[0], z[0]), (x[1], z[0]), (x[1], z[1]), (x[0], z[1]))
         pixels = [self.project(across, 0.0, along) for across, along in corners]
-        for pen, ink in zip(self._pens[:2], (color, _raw_id(name)), strict=True):
+        for pen, ink in zip(self._pens[:2], _inks(name, color), strict=True):
             pen.polygon(pixels, fill=ink)
 
     def front(self, name: str, color: Color, z: float, x: Range, y: Range) -> None:
@@ -234,15 +262,16 @@ class _Canvas:
         column, row = self.project(*center)
         across, up = (self.focal * length / max(center[2], 0.4) for length in radius)
         bounds = (column - across, row - up, column + across, row + up)
-        for pen, ink in zip(self._pens, (color, _raw_id(name), center[2]), strict=True):
+        for pen, ink in zip(self._pens, _inks(name, color, center[2]), strict=True):
             pen.ellipse(bounds, fill=ink)
 
 
-def _raw_id(name: str) -> int:
-    return {"unlabeled": _UNLABELED, "static": _STATIC, "hood": _HOOD, **_RAW}[name]
+def _inks(name: str, color: Color, *depth: float) -> tuple[Color | float, ...]:
+    return (color, _RAW_IDS[name], *depth)
 
 
 def _shade(color: Sequence[float] | NDArray[np.float64], *gains: float) -> Color:
+    """Multiply a color by one gain, or by one for each of its channels."""
     scaled = np.clip(np.asarray(color) * np.array(gains), 0, 255).astype(int)
     return int(scaled[0]), int(scaled[1]), int(scaled[2])
 
@@ -257,7 +286,7 @@ def _paint_sky(canvas: _Canvas) -> None:
     puffs = sum(_noise(canvas.rng, size, canvas.width / cells) / cells for cells in (6, 14, 30))
     cloud = np.clip(6 * puffs, 0, 1)[..., None]
     sky = top * (1 - rise) + fog * rise
-    sky = sky + (250 - sky) * cloud * canvas.style.clouds
+    sky = sky + (250 - sky) * cloud * canvas.rng.uniform(*canvas.style.clouds)
     canvas.color.paste(Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8)))
 
 
@@ -284,14 +313,14 @@ def _paint_ground(canvas: _Canvas) -> None:
     paving, asphalt = canvas.pick("sidewalk"), canvas.pick("road")
     canvas.ground("sidewalk", paving, (-edge, edge), (near, far))
     for z in np.arange(2.0, 30.0, 1.5):
-        canvas.ground("sidewalk", _shade(paving, *[0.88] * 3), (-edge, edge), (z, z + 0.08))
-    canvas.ground("sidewalk", _shade(paving, *[1.15] * 3), (-road - 0.2, road + 0.2), (near, far))
+        canvas.ground("sidewalk", _shade(paving, 0.88), (-edge, edge), (z, z + 0.08))
+    canvas.ground("sidewalk", _shade(paving, 1.15), (-road - 0.2, road + 0.2), (near, far))
     canvas.ground("road", asphalt, (-road, road), (near, far))
     if canvas.rng.random() < 0.5:  # a strip of grass between sidewalk and road
         side = canvas.rng.choice([-1.0, 1.0])
         strip = sorted((side * (road + 0.2), side * (road + 0.45 * (edge - road))))
         canvas.ground("terrain", canvas.pick("terrain"), (strip[0], strip[1]), (near, far))
-    paint = _shade(asphalt, *[1.9] * 3)
+    paint = _shade(asphalt, 1.9)
     lanes = max(2, round(2 * road / 3.5))
     for lane in range(1, lanes):
         x = -road + lane * 2 * road / lanes
@@ -326,33 +355,33 @@ def _building(canvas: _Canvas, side: float, z: Range) -> None:
     low, high = canvas.style.storeys
     storeys, storey = int(canvas.rng.integers(low, high + 1)), canvas.rng.uniform(2.8, 3.6)
     x, top = side * canvas.sidewalk, storeys * storey
-    plaster = _shade(canvas.pick("building"), *[1.1 if side == canvas.sun else 0.8] * 3)
+    plaster = _shade(canvas.pick("building"), 1.1 if side == canvas.sun else 0.8)
     glass = _shade(plaster, 0.45, 0.5, 0.6) if canvas.rng.random() < 0.7 else (190, 200, 205)
     across, up = canvas.style.window
     bays = max(2, round((z[1] - z[0]) / canvas.rng.uniform(2.2, 3.4)))
     edges = np.linspace(z[1], z[0], bays + 1)
-    canvas.front("building", _shade(plaster, *[0.9] * 3), z[0], _outward(x, side, 9), (0, top))
-    for far, near in zip(edges[:-1], edges[1:], strict=True):
+    canvas.front("building", _shade(plaster, 0.9), z[0], _outward(x, side, 9), (0, top))
+    for far, near in pairwise(edges):
         canvas.side("building", plaster, x, (near, far), (0, top))
         gap = (1 - across) / 2 * (far - near)
         for floor in range(storeys):
             sill = (floor + (1 - up) / 2) * storey
             canvas.side("building", glass, x, (near + gap, far - gap), (sill, sill + up * storey))
-    canvas.side("building", _shade(plaster, *[0.7] * 3), x, z, (top - 0.4, top))
+    canvas.side("building", _shade(plaster, 0.7), x, z, (top - 0.4, top))
 
 
 def _wall(canvas: _Canvas, side: float, z: Range) -> None:
     color, x, top = canvas.pick("wall"), side * canvas.sidewalk, canvas.rng.uniform(1.8, 3.2)
-    canvas.front("wall", _shade(color, *[0.9] * 3), z[0], _outward(x, side, 0.4), (0, top))
+    canvas.front("wall", _shade(color, 0.9), z[0], _outward(x, side, 0.4), (0, top))
     canvas.side("wall", color, x, z, (0, top))
     for y in np.arange(0.4, top, 0.4):
-        canvas.side("wall", _shade(color, *[0.8] * 3), x, z, (y, y + 0.05))
-    canvas.side("wall", _shade(color, *[1.15] * 3), x, z, (top - 0.15, top))
+        canvas.side("wall", _shade(color, 0.8), x, z, (y, y + 0.05))
+    canvas.side("wall", _shade(color, 1.15), x, z, (top - 0.15, top))
 
 
 def _fence(canvas: _Canvas, side: float, z: Range) -> None:
     color, x, top = canvas.pick("fence"), side * canvas.sidewalk, canvas.rng.uniform(1.2, 2.2)
-    behind = _shade(canvas.pick("vegetation"), *[0.9] * 3)
+    behind = _shade(canvas.pick("vegetation"), 0.9)
     canvas.side("fence", behind, x, z, (0, top))  # annotators outline a fence as a whole
     for along in np.arange(z[1], z[0], -0.55):
         canvas.side("fence", color, x, (along - 0.2, along), (0, top))
@@ -380,15 +409,15 @@ def _tree(canvas: _Canvas, x: float, z: float) -> None:
     canvas.front("vegetation", (84, 70, 56), z, (x - 0.15, x + 0.15), (0, height * 0.6))
     green, crown = np.array(canvas.pick("vegetation"), np.float64), height * 0.28
     for _ in range(34):
-        dx, dy = rng.normal(0, 0.45 * crown), rng.normal(0, 0.45 * crown)
+        dx, dy = crown * rng.triangular(-1.1, 0, 1.1, 2)
         light = 1 + 0.25 * (dx * canvas.sun + dy) / crown + rng.normal(0, 0.08)
         spot = (x + dx, height * 0.68 + dy, z)
-        canvas.disk("vegetation", _shade(green, *[light] * 3), spot, (crown / 3, crown / 3.4))
+        canvas.disk("vegetation", _shade(green, light), spot, (crown / 3, crown / 3.4))
 
 
 def _shadow(canvas: _Canvas, x: Range, z: Range) -> None:
     name = "sidewalk" if min(abs(x[0]), abs(x[1])) > canvas.road else "road"
-    canvas.ground(name, _shade(canvas.pick(name), *[0.45] * 3), x, z)
+    canvas.ground(name, _shade(canvas.pick(name), 0.45), x, z)
 
 
 def _car(canvas: _Canvas, x: float, z: float) -> None:
@@ -397,8 +426,8 @@ def _car(canvas: _Canvas, x: float, z: float) -> None:
     flank = x + half * math.copysign(1, canvas.camera_x - x)
     far, inner = z + canvas.rng.uniform(3.6, 4.6), flank - 0.12 * math.copysign(1, flank - x)
     _shadow(canvas, (x - half, x + half), (z - 0.2, far + 0.2))
-    canvas.side("car", _shade(paint, *[0.75] * 3), flank, (z, far), (0.25, belt))
-    canvas.side("car", _shade(paint, *[0.85] * 3), inner, (z, far - 1.2), (belt, top))
+    canvas.side("car", _shade(paint, 0.75), flank, (z, far), (0.25, belt))
+    canvas.side("car", _shade(paint, 0.85), inner, (z, far - 1.2), (belt, top))
     canvas.side("car", glass, inner, (z + 0.4, far - 1.5), (belt + 0.05, top - 0.1))
     for wheel in (z + 0.5, far - 1.1):
         canvas.side("car", (24, 24, 26), flank, (wheel, wheel + 0.65), (0, 0.6))
@@ -421,7 +450,7 @@ def _truck(canvas: _Canvas, x: float, z: float) -> None:
     cab = canvas.pick("car")
     _shadow(canvas, (x - half, x + half), (z - 0.3, far + 2.2))
     canvas.side("truck", cab, flank, (far, far + 2), (0.5, top * 0.75))
-    canvas.side("truck", _shade(cargo, *[0.78] * 3), flank, (z, far), (1.0, top))
+    canvas.side("truck", _shade(cargo, 0.78), flank, (z, far), (1.0, top))
     canvas.side("truck", (40, 40, 42), flank, (z, far + 1.5), (0.5, 1.0))
     for wheel in (z + 0.6, z + 1.8, far + 0.4):
         canvas.side("truck", (24, 24, 26), flank, (wheel, wheel + 0.9), (0, 0.9))
@@ -430,16 +459,18 @@ def _truck(canvas: _Canvas, x: float, z: float) -> None:
         canvas.front("truck", (24, 24, 26), z, (left, left + 0.5), (0, 0.6))
         canvas.front("truck", (190, 30, 28), z, (left + 0.1, left + 0.4), (0.75, 0.95))
     canvas.front("truck", cargo, z, (x - half, x + half), (1.0, top))
-    canvas.front("truck", _shade(cargo, *[0.65] * 3), z, (x - 0.04, x + 0.04), (1.0, top))
+    canvas.front("truck", _shade(cargo, 0.65), z, (x - 0.04, x + 0.04), (1.0, top))
 
 
-def _coach(canvas: _Canvas, name: str, x: float, z: float, size: tuple[float, float, float]) -> None:
+def _coach(
+    canvas: _Canvas, name: str, x: float, z: float, size: tuple[float, float, float]
+) -> None:
     """Paint a bus or tram: a long box with rows of windows."""
     half, top, length = size[0] / 2, size[1], size[2]
     paint, glass = canvas.pick(name), (52, 60, 70)
     far, flank = z + length, x + half * math.copysign(1, canvas.camera_x - x)
     _shadow(canvas, (x - half, x + half), (z - 0.3, far))
-    canvas.side(name, _shade(paint, *[0.78] * 3), flank, (z, far), (0.35, top))
+    canvas.side(name, _shade(paint, 0.78), flank, (z, far), (0.35, top))
     for pane in np.arange(far - 0.4, z + 1.0, -1.6):
         canvas.side(name, glass, flank, (pane - 1.3, pane), (top * 0.45, top * 0.8))
     canvas.side(name, (36, 36, 38), flank, (z, far), (0.1, 0.45))
@@ -450,7 +481,9 @@ def _coach(canvas: _Canvas, name: str, x: float, z: float, size: tuple[float, fl
 def _bus(canvas: _Canvas, x: float, z: float) -> None:
     top, half = canvas.rng.uniform(2.9, 3.2), 1.25
     _coach(canvas, "bus", x, z, (2 * half, top, 10.5))
-    canvas.front("bus", (48, 56, 66), z, (x - half + 0.15, x + half - 0.15), (top * 0.5, top * 0.84))
+    canvas.front(
+        "bus", (48, 56, 66), z, (x - half + 0.15, x + half - 0.15), (top * 0.5, top * 0.84)
+    )
     canvas.front("bus", (232, 150, 40), z, (x - 0.7, x + 0.7), (top * 0.87, top * 0.96))
     for left in (x - half + 0.1, x + half - 0.4):
         canvas.front("bus", (200, 40, 34), z, (left, left + 0.3), (0.8, 1.2))
@@ -473,7 +506,7 @@ def _train(canvas: _Canvas, x: float, z: float) -> None:
 
 def _person(canvas: _Canvas, x: float, z: float) -> None:
     rng, height = canvas.rng, canvas.rng.uniform(1.55, 1.9)
-    coat, trousers = canvas.pick("person"), _shade(canvas.pick("person"), *[0.6] * 3)
+    coat, trousers = canvas.pick("person"), _shade(canvas.pick("person"), 0.6)
     stride, hip, neck = rng.uniform(0.05, 0.3), height * 0.5, height * 0.84
     _shadow(canvas, (x - 0.3, x + 0.3), (z - 0.1, z + 0.3))
     for foot in (-stride, stride):
@@ -483,18 +516,18 @@ def _person(canvas: _Canvas, x: float, z: float) -> None:
     canvas.polygon("person", coat, *((x + dx, y, z) for dx, y in torso))
     for arm in (-0.3, 0.3):
         left = x + arm - 0.06
-        canvas.front("person", _shade(coat, *[0.8] * 3), z, (left, left + 0.12), (hip, neck - 0.1))
+        canvas.front("person", _shade(coat, 0.8), z, (left, left + 0.12), (hip, neck - 0.1))
     canvas.disk("person", _skin(canvas), (x, height - 0.14, z), (0.12, 0.15))
 
 
 def _skin(canvas: _Canvas) -> Color:
-    return _shade((214, 168, 138), *[canvas.rng.uniform(0.45, 1.05)] * 3)
+    return _shade((214, 168, 138), canvas.rng.uniform(0.45, 1.05))
 
 
 def _rider(canvas: _Canvas, x: float, z: float, squeeze: float, seat: float) -> None:
     coat, lean = canvas.pick("rider"), 0.28 * squeeze
     leg = ((-0.14, seat + 0.1), (0.16, seat + 0.1), (0.2 * squeeze + 0.1, 0.25), (-0.06, 0.25))
-    canvas.polygon("rider", _shade(coat, *[0.55] * 3), *((x + dx, y, z) for dx, y in leg))
+    canvas.polygon("rider", _shade(coat, 0.55), *((x + dx, y, z) for dx, y in leg))
     torso = ((-0.2, seat), (0.2, seat), (lean + 0.25, seat + 0.62), (lean - 0.25, seat + 0.62))
     canvas.polygon("rider", coat, *((x + dx, y, z) for dx, y in torso))
     canvas.disk("rider", _skin(canvas), (x + lean, seat + 0.8, z), (0.12, 0.15))
@@ -509,7 +542,12 @@ def _bicycle(canvas: _Canvas, x: float, z: float) -> None:
     for dx in (-reach, reach):
         canvas.disk("bicycle", (36, 36, 38), (x + dx, 0.36, z), (0.36 * squeeze, 0.36))
         canvas.disk("bicycle", (120, 122, 122), (x + dx, 0.36, z), (0.27 * squeeze, 0.28))
-    bars = ((-1, 0.36, -0.4, 0.85), (-0.4, 0.85, 0.7, 0.9), (-0.2, 0.3, 0.7, 0.9), (0.7, 1.05, 1, 0.36))
+    bars = (
+        (-1, 0.36, -0.4, 0.85),
+        (-0.4, 0.85, 0.7, 0.9),
+        (-0.2, 0.3, 0.7, 0.9),
+        (0.7, 1.05, 1, 0.36),
+    )
     for start, low, end, high in bars:
         a, b = x + start * reach, x + end * reach
         line = ((a, low), (a, low + 0.1), (b, high + 0.1), (b, high), (b + 0.06, high))
@@ -526,7 +564,15 @@ def _motorcycle(canvas: _Canvas, x: float, z: float) -> None:
     for dx in (-reach, reach):
         canvas.disk("motorcycle", (26, 26, 28), (x + dx, 0.32, z), (0.32 * squeeze + 0.05, 0.32))
         canvas.disk("motorcycle", (120, 120, 122), (x + dx, 0.32, z), (0.14 * squeeze, 0.14))
-    body = ((-1.2, 0.75), (-0.9, 0.45), (0.5, 0.3), (0.9, 0.75), (0.7, 1.1), (0.2, 0.95), (-0.3, 0.8))
+    body = (
+        (-1.2, 0.75),
+        (-0.9, 0.45),
+        (0.5, 0.3),
+        (0.9, 0.75),
+        (0.7, 1.1),
+        (0.2, 0.95),
+        (-0.3, 0.8),
+    )
     canvas.polygon("motorcycle", paint, *((x + dx * reach, y, z) for dx, y in body))
     canvas.front("motorcycle", (28, 28, 28), z, (x - reach, x + 0.1 * reach), (0.78, 0.9))
     canvas.disk("motorcycle", (240, 90, 60), (x - 1.1 * reach, 0.72, z), (0.08, 0.08))
@@ -549,7 +595,7 @@ def _traffic_light(canvas: _Canvas, x: float, z: float) -> None:
     lit = canvas.rng.integers(3)
     lamps = ((60, 220, 130), (250, 190, 50), (245, 50, 40))
     for index, lamp in enumerate(lamps):
-        glow = lamp if index == lit else _shade(lamp, *[0.22] * 3)
+        glow = lamp if index == lit else _shade(lamp, 0.22)
         spot = (x, bottom + 0.22 + 0.36 * index, z)
         canvas.disk("traffic light", glow, spot, (0.15, 0.15))
 
@@ -582,20 +628,21 @@ def _clutter(canvas: _Canvas, x: float, z: float) -> None:
 
 
 class _Kind(NamedTuple):
-    """How to paint a thing, and where it stands: x in half road widths or at the roadside."""
+    """How to paint a thing, and where it may stand."""
 
     paint: Callable[[_Canvas, float, float], None]
-    place: str  # "lane", "curb" or "sidewalk"
+    place: Literal["lane", "curb", "sidewalk"]
     near: float
     far: float
     room: Range  # its size across and along the street
 
 
+# Long things first: a place is refused where something already stands.
 _KINDS = {
-    "car": _Kind(_car, "lane", 6, 45, (2.0, 5.0)),
-    "truck": _Kind(_truck, "lane", 9, 32, (2.6, 9.0)),
-    "bus": _Kind(_bus, "lane", 9, 32, (2.6, 11.5)),
     "train": _Kind(_train, "lane", 10, 34, (2.6, 29.0)),
+    "bus": _Kind(_bus, "lane", 9, 32, (2.6, 11.5)),
+    "truck": _Kind(_truck, "lane", 9, 32, (2.6, 9.0)),
+    "car": _Kind(_car, "lane", 6, 45, (2.0, 5.0)),
     "motorcycle": _Kind(_motorcycle, "curb", 5, 16, (1.2, 1.5)),
     "bicycle": _Kind(_bicycle, "curb", 5, 16, (1.2, 1.5)),
     "person": _Kind(_person, "sidewalk", 5, 24, (0.5, 0.5)),
@@ -642,7 +689,7 @@ def _paint_hood(canvas: _Canvas) -> None:
     width, height = canvas.width, canvas.height
     bounds = (-0.15 * width, 0.91 * height, 1.15 * width, 1.3 * height)
     ImageDraw.Draw(canvas.color).ellipse(bounds, fill=(46, 50, 52))
-    ImageDraw.Draw(canvas.label).ellipse(bounds, fill=_HOOD)
+    ImageDraw.Draw(canvas.label).ellipse(bounds, fill=_RAW_IDS["ego vehicle"])
     ImageDraw.Draw(canvas.depth).ellipse(bounds, fill=1.0)
 
 
@@ -660,10 +707,12 @@ def _surface(canvas: _Canvas) -> NDArray[np.float32]:
     """Roughness of each pixel, as a gain: leaves and grass are rough, the sky is smooth."""
     rough = np.ones(256, np.float32)
     for name, strength in (("vegetation", 2.2), ("terrain", 1.6), ("sky", 0.05), ("car", 0.4)):
-        rough[_RAW[name]] = strength
+        rough[_RAW_IDS[name]] = strength
     shape, grain = (canvas.height, canvas.width), canvas.style.grain * _SUPERSAMPLING
     noise = sum(_noise(canvas.rng, shape, grain * scale) for scale in (1.0, 4.0, 16.0))
-    gain: NDArray[np.float32] = rough[np.asarray(canvas.label)] * (canvas.style.texture * noise / 1.7)
+    gain: NDArray[np.float32] = rough[np.asarray(canvas.label)] * (
+        canvas.style.texture * noise / 1.7
+    )
     return 1 + gain
 
 
@@ -672,7 +721,7 @@ def _expose(canvas: _Canvas) -> NDArray[np.uint8]:
     style, rng = canvas.style, canvas.rng
     color = np.asarray(canvas.color, np.float32) / 255 * _surface(canvas)[..., None]
     clear = np.exp(-np.asarray(canvas.depth) / style.haze)
-    clear[np.asarray(canvas.label) == _RAW["sky"]] = 1
+    clear[np.asarray(canvas.label) == _RAW_IDS["sky"]] = 1
     fog = np.array(style.fog, np.float32) / 255
     color = fog + (color - fog) * clear[..., None]
     height, width = canvas.height // _SUPERSAMPLING, canvas.width // _SUPERSAMPLING
@@ -726,7 +775,7 @@ def write_synthetic_pair(
     """Write a source in GTA5's layout and a target in Cityscapes', or reuse a complete one.
 
     Args:
-        root: Folder for both; the marker `complete.json` is written last.
+        root: Folder for both; `complete.json` appears in it last.
         seed: The same seed and settings give the same files.
         source_images: Number of source images, all labeled.
         target_images: Number of target training images; their labels are for analysis only.
@@ -735,17 +784,26 @@ def write_synthetic_pair(
 
     Returns:
         The folder of the source and that of the target.
+
+    Raises:
+        FileExistsError: If `root` holds a source or target that was not written here.
     """
-    source, target, marker = root / "source", root / "target", root / "complete.json"
-    settings = {
-        "version": 1, "seed": seed, "source_images": source_images,
-        "target_images": target_images, "val_images": val_images, "height": height,
-    }
-    if marker.is_file() and json.loads(marker.read_text()) == settings:
+    source, target = root / "source", root / "target"
+    begun, complete = root / "writing.json", root / "complete.json"
+    settings = json.dumps(
+        {
+            "version": 1,
+            "seed": seed,
+            "source_images": source_images,
+            "target_images": target_images,
+            "val_images": val_images,
+            "height": height,
+        }
+    )
+    if complete.is_file() and complete.read_text() == settings:
         return source, target
-    marker.unlink(missing_ok=True)
-    for stale in (*source.rglob("*.png"), *target.rglob("*.png")):
-        stale.unlink()
+    _clear(root, [source, target], [begun, complete])
+    _write(begun, lambda path: path.write_text(settings))
     with tqdm(total=source_images + target_images + val_images, desc="synthetic scenes") as bar:
         for index in range(source_images):
             _write_source(source, index, height, np.random.default_rng([seed, 0, index]))
@@ -755,8 +813,21 @@ def write_synthetic_pair(
                 rng = np.random.default_rng([seed, domain, index])
                 _write_target(target, split, index, height, rng)
                 bar.update()
-    _write(marker, lambda path: path.write_text(json.dumps(settings)))
+    os.replace(begun, complete)
     return source, target
+
+
+def _clear(root: Path, folders: Sequence[Path], markers: Sequence[Path]) -> None:
+    """Remove an earlier pair, but never data that came from elsewhere."""
+    existing = [folder for folder in folders if folder.exists()]
+    if existing and not any(marker.is_file() for marker in markers):
+        raise FileExistsError(
+            f"{existing[0]} exists and was not written here. Choose another folder than {root}."
+        )
+    for folder in existing:
+        shutil.rmtree(folder)
+    for marker in markers:
+        marker.unlink(missing_ok=True)
 
 
 def _write_source(root: Path, index: int, height: int, rng: np.random.Generator) -> None:

@@ -1,0 +1,299 @@
+"""Tables and pictures by which a person judges a run.
+
+Pictures are drawn on figures of their own, without pyplot: no display, no global state. Each is
+written beside its place and then renamed, so it is whole or it is not there.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anchorda import anchor_distances
+
+_DPI = 150
+_FAINT = "0.75"  # the gray of grid lines
+
+
+def iou_table(results: Mapping[str, Tensor], mean: Mapping[str, float]) -> str:
+    """Lay out the IoU in percent: a row per class that occurs, a column per phase.
+
+    Args:
+        results: The IoU (19,) of each phase, NaN for a class that does not occur.
+        mean: The mean IoU of each phase.
+    """
+    by_class = zip(*(iou.tolist() for iou in results.values()), strict=True)
+    rows = [
+        (name, values)
+        for name, values in zip(CLASS_NAMES, by_class, strict=True)
+        if not all(map(math.isnan, values))
+    ]
+    first = max(len(name) for name in ("class", *(name for name, _ in rows)))
+    widths = [max(len(phase), len("100.0")) for phase in results]
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        aligned = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join((name.ljust(first), *aligned))
+
+    head = line("class", results)
+    rule = "-" * len(head)
+    body = [line(name, map(_percent, values)) for name, values in rows]
+    last = line("mIoU", (_percent(mean[phase]) for phase in results))
+    return "\n".join((head, rule, *body, rule, last))
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+class Panel(NamedTuple):
+    """An image (3, H, W) in [0, 1], and maps of train ids, each at any resolution."""
+
+    image: Tensor
+    truth: Tensor
+    warm_up: Tensor
+    adapted: Tensor
+    pseudo: Tensor
+
+
+def save_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw a row per panel: image, truth, two predictions, pseudo-labels; below, a legend."""
+    titles = ("image", "truth", "warm-up", "adapted", "pseudo-labels")
+    handles = _class_patches(labels for panel in panels for labels in panel[1:])
+    # In inches. Boxes of the images' shapes, so that nothing has to be stretched or padded.
+    box, gap, head, legend_columns = 3.0, 0.05, 0.32, 10
+    heights = [box * panel.image.shape[1] / panel.image.shape[2] for panel in panels]
+    foot = 0.15 + 0.27 * math.ceil(len(handles) / legend_columns)
+    width = (box + gap) * len(titles) + gap
+    height = head + sum(heights) + gap * (len(panels) - 1) + foot
+    figure = Figure((width, height), dpi=_DPI)
+    figure.subplots_adjust(gap / width, foot / height, 1 - gap / width, 1 - head / height)
+    spacing = {"wspace": gap / box, "hspace": gap * len(panels) / sum(heights)}
+    grid = figure.subplots(
+        len(panels), len(titles), squeeze=False, height_ratios=heights, gridspec_kw=spacing
+    )
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=13, pad=5)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, (image, *label_maps) in zip(grid, panels, strict=True):
+        row[0].imshow(image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), aspect="auto")
+        for axes, labels in zip(row[1:], label_maps, strict=True):
+            axes.imshow(PALETTE[_train_ids(labels)], interpolation="nearest", aspect="auto")
+    figure.legend(
+        handles=handles, loc="lower center", ncols=legend_columns, frameon=False, fontsize=11,
+        handlelength=1.3, handleheight=1.0, columnspacing=1.4, borderaxespad=0.1,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def _train_ids(labels: Tensor) -> NDArray[np.int64]:
+    ids: NDArray[np.int64] = labels.long().cpu().numpy()
+    return np.where((ids >= 0) & (ids < NUM_CLASSES), ids, IGNORE)
+
+
+def _class_patches(label_maps: Iterable[Tensor]) -> list[Patch]:
+    present = sorted(
+        {int(label) for labels in label_maps for label in np.unique(_train_ids(labels))}
+    )
+    names = [CLASS_NAMES[label] if label != IGNORE else "ignored" for label in present]
+    colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in PALETTE[present]]
+    return [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
+
+
+def save_curves(path: Path, metrics: Path) -> None:
+    """Draw the losses of all phases one after the other, and the mean IoU after each phase.
+
+    Raises:
+        ValueError: If a line of `metrics` is malformed; the message names file and line.
+    """
+    read = _read_metrics(metrics)
+    figure = Figure((13, 4.5), dpi=_DPI, layout="constrained")
+    losses, mious = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_losses(losses, read.losses)
+    _draw_mious(mious, read.mious)
+    _save(figure, path)
+
+
+def _draw_losses(axes: Axes, losses: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
+    terms = dict.fromkeys(t for phase in losses.values() for step in phase.values() for t in step)
+    lengths = [max(phase) for phase in losses.values()]
+    ends = np.cumsum(lengths, dtype=int)
+    for phase, end, length in zip(losses.values(), ends, lengths, strict=True):
+        for index, term in enumerate(terms):
+            steps = [step for step in sorted(phase) if term in phase[step]]
+            x = end - length + np.array(steps)
+            values = np.array([phase[step][term] for step in steps])
+            axes.plot(x, values, color=f"C{index}", alpha=0.25, linewidth=0.8)
+            axes.plot(x, _running_mean(values), color=f"C{index}", linewidth=1.6)
+        axes.axvline(end, color="0.5", linewidth=0.8)
+    names = axes.secondary_xaxis("top")
+    crowded = any(length < 0.08 * sum(lengths) for length in lengths)
+    names.set_xticks(ends - np.array(lengths) / 2, list(losses), rotation=90 if crowded else 0)
+    names.tick_params(length=0)
+    axes.set(xlabel="iteration", ylabel="loss", xlim=(0, sum(lengths) or 1), ylim=(0, None))
+    axes.grid(axis="y", color=_FAINT, linewidth=0.5)
+    handles = [axes.plot([], color=f"C{index}", label=term)[0] for index, term in enumerate(terms)]
+    axes.legend(handles=handles, loc="upper right", framealpha=1)
+
+
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centered means over a twentieth of the values, of fewer at the ends."""
+    reach = max(4, len(values) // 40)
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return np.array([window.mean() for window in windows])
+
+
+def _draw_mious(axes: Axes, mious: Mapping[str, float]) -> None:
+    percent = {phase: 100 * miou for phase, miou in mious.items()}
+    reference = percent.pop("source only", None)
+    axes.plot(list(percent), list(percent.values()), marker="o")
+    for place, value in enumerate(percent.values()):
+        axes.annotate(
+            f"{value:.1f}", (place, value), (0, 8), textcoords="offset points", ha="center",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
+    if reference is not None:
+        label = f"source only: {reference:.1f}"
+        axes.axhline(reference, color="0.4", linestyle="--", linewidth=1.2, label=label)
+        axes.legend(loc="lower right")
+    axes.margins(x=0.12, y=0.25)  # room for the numbers, and for the legend below the curve
+    axes.locator_params(axis="y", integer=True)
+    axes.set_ylabel("mIoU after each phase (%)")
+    axes.grid(axis="y", color=_FAINT, linewidth=0.5)
+
+
+def save_anchor_distances(path: Path, centroids: Tensor) -> None:
+    """Draw the Euclidean distances between the anchors (19, D) of the seen classes."""
+    seen = centroids.isfinite().all(dim=1)
+    names = [name for name, is_seen in zip(CLASS_NAMES, seen.tolist(), strict=True) if is_seen]
+    distances = anchor_distances(centroids, centroids)[seen][:, seen].cpu().numpy()
+    np.fill_diagonal(distances, np.nan)
+    others = distances[~np.isnan(distances)]
+    low, high = (others.min(), others.max()) if others.size else (0, 1)
+    size = 2.5 + 0.42 * len(names)
+    figure = Figure((size + 1, size), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    heat = axes.imshow(distances, cmap="viridis", vmin=low, vmax=high)
+    for row, column in zip(*np.nonzero(~np.isnan(distances)), strict=True):
+        value = distances[row, column]
+        color = "white" if value < (low + high) / 2 else "black"  # viridis starts dark
+        axes.text(column, row, f"{value:.1f}", color=color, fontsize=8, ha="center", va="center")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+    figure.colorbar(heat, label="distance between anchors", shrink=0.8)
+    _save(figure, path)
+
+
+class Quality(NamedTuple):
+    """Coverage and precision of pseudo-labels by class name, NaN where undefined."""
+
+    coverage: Mapping[str, float]
+    precision: Mapping[str, float]
+
+
+def save_label_quality(path: Path, metrics: Path) -> bool:
+    """Draw coverage and precision of the pseudo-labels per class, by stage and labeler.
+
+    Returns:
+        Whether there was anything to draw; otherwise nothing is written.
+
+    Raises:
+        ValueError: If a line of `metrics` is malformed; the message names file and line.
+    """
+    qualities = _read_metrics(metrics).qualities
+    parts = [part for quality in qualities.values() for part in quality]
+    names = [n for n in CLASS_NAMES if any(not math.isnan(part.get(n, math.nan)) for part in parts)]
+    if not names:
+        return False
+    labelers = list(dict.fromkeys(labeler for labeler, _ in qualities))
+    phases = list(dict.fromkeys(phase for _, phase in qualities))
+    size = (1.8 + 3.4 * len(phases), 0.9 + len(labelers) * (0.7 + 0.26 * len(names)))
+    figure = Figure(size, dpi=_DPI, layout="constrained")
+    grid = figure.subplots(len(labelers), len(phases), sharex=True, sharey=True, squeeze=False)
+    for (labeler, phase), quality in qualities.items():
+        axes = grid[labelers.index(labeler), phases.index(phase)]
+        axes.set_title(f"{phase}: {labeler}")
+        _draw_quality(axes, quality, names)
+    grid[0, 0].set(xlim=(0, 105), ylim=(len(names) - 0.5, -0.5), xticks=range(0, 101, 25))
+    grid[0, 0].set_yticks(range(len(names)), names)
+    for axes in grid[-1]:
+        axes.set_xlabel("percent")
+    handles = [Patch(color=f"C{index}", label=name) for index, name in enumerate(Quality._fields)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+    return True
+
+
+def _draw_quality(axes: Axes, quality: Quality, names: Sequence[str]) -> None:
+    bar = 0.38
+    for index, values in enumerate(quality):
+        for place, name in enumerate(names):
+            y, value = place + bar * (index - 0.5), 100 * values.get(name, math.nan)
+            if math.isnan(value):  # undefined is not 0
+                axes.text(1, y, "–", color=f"C{index}", va="center_baseline")
+            else:
+                axes.barh(y, value, height=bar, color=f"C{index}")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=_FAINT, linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+class _Metrics(NamedTuple):
+    """What the pictures show of a metrics file; of repeated lines the last one counts."""
+
+    losses: dict[str, dict[int, dict[str, float]]]  # by phase, iteration and term
+    mious: dict[str, float]  # by phase
+    qualities: dict[tuple[str, str], Quality]  # by labeler and phase
+
+
+def _read_metrics(path: Path) -> _Metrics:
+    metrics = _Metrics({}, {}, {})
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                _add_event(metrics, json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object of losses, an evaluation or "
+                    f"pseudo-labels, but got {line.strip()[:80]!r} ({error!r})."
+                ) from error
+    return metrics
+
+
+def _add_event(metrics: _Metrics, event: dict[str, Any]) -> None:
+    kind, phase = event["kind"], event["phase"]
+    if kind == "losses":
+        steps = metrics.losses.setdefault(phase, {})
+        steps[int(event["iteration"])] = _numbers(event["terms"])
+    elif kind == "evaluation":
+        metrics.mious.update(_numbers({phase: event["miou"]}))
+    elif kind == "pseudo-labels":
+        quality = Quality(_numbers(event["coverage"]), _numbers(event["precision"]))
+        metrics.qualities[event["labeler"], phase] = quality
+    else:
+        raise ValueError(f"unknown kind {kind!r}")
+
+
+def _numbers(values: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,506 @@
+"""Category anchor-guided domain adaptation (arXiv 1910.13049), GTA5 to Cityscapes, top to bottom.
+
+    python examples/gta5_to_cityscapes/train.py --source GTA5 --target CITYSCAPES --output runs/one
+
+Settings, data, the objective, warm-up, stages, evaluation, report. Without data sets it first
+writes a small synthetic pair. The labels of the target's training images are never trained on:
+where they exist they tell, after the fact, how good the pseudo-labels were.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from augment import photometric
+from classes import NUM_CLASSES
+from datasets import (
+    DatasetError,
+    LabeledImages,
+    ResizeAndCrop,
+    UnlabeledImages,
+    cityscapes_images,
+    cityscapes_pairs,
+    gta5_pairs,
+)
+from network import Segmenter, SmallSegmenter
+from records import Records, load_checkpoint, save_checkpoint, write_atomically
+from report import (
+    Panel,
+    iou_table,
+    save_anchor_distances,
+    save_curves,
+    save_label_quality,
+    save_panels,
+)
+from synthetic import write_synthetic_pair
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from tqdm import tqdm
+
+import anchorda
+
+Item = TypeVar("Item")
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+class Settings(argparse.Namespace):
+    """All that a run depends on; saved beside its results."""
+
+    source: Path | None
+    target: Path | None
+    output: Path
+    labels: str
+    margin: str
+    probability: float
+    distance_weight: float
+    height: int
+    crop: tuple[int, int]
+    batch: int
+    learning_rate: float
+    warmup_iterations: int
+    stages: int
+    stage_iterations: int
+    baseline: bool
+    warmup_checkpoint: Path | None
+    seed: int
+    workers: int
+    threads: int
+    bf16: bool
+    device: str
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line."""
+    parser = argparse.ArgumentParser(
+        description="Category anchor-guided domain adaptation, GTA5 to Cityscapes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--source", type=Path, help="GTA5 folder (images, labels); none: a synthetic pair")
+    add("--target", type=Path, help="Cityscapes folder (leftImg8bit, gtFine)")
+    add("--output", type=Path, required=True, help="folder for metrics, checkpoints and report")
+    add(
+        "--labels",
+        choices=("anchor", "probability", "both"),
+        default="both",
+        help="what labels target pixels; both is the paper's",
+    )
+    add(
+        "--margin",
+        type=_margin,
+        default="quantile:0.5",
+        help="minimum margin of anchor labels: a number, or quantile:Q of each class's margins",
+    )
+    add("--probability", type=float, default=0.95, help="minimum of probability labels")
+    add("--distance-weight", type=float, default=0.02, help="weight of the distance loss")
+    add("--height", type=int, default=144, help="images are scaled to this height")
+    add("--crop", type=int, nargs=2, default=(128, 192), help="height and width of crops")
+    add("--batch", type=int, default=8, help="images a step; in stages half of each domain")
+    add("--learning-rate", type=float, default=0.05, help="at the start of the warm-up")
+    add("--warmup-iterations", type=int, default=400, help="of the warm-up, and the baseline")
+    add(
+        "--stages",
+        type=int,
+        default=3,
+        choices=range(1, 100),
+        metavar="K",
+        help="how often the target is labeled anew",
+    )
+    add("--stage-iterations", type=int, default=150, help="of each stage")
+    add("--baseline", action="store_true", help="train without augmentation too, to compare")
+    add("--warmup-checkpoint", type=Path, help="start from this warm-up instead of training one")
+    add("--seed", type=int, default=0, help="of all randomness")
+    add("--workers", type=int, default=2, help="processes that read images")
+    add("--threads", type=int, default=0, help="of torch on the CPU; 0 leaves it to torch")
+    add("--bf16", action="store_true", help="run the network in bfloat16")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
+    settings = parser.parse_args(arguments, namespace=Settings())
+    settings.crop = (settings.crop[0], settings.crop[1])
+    if (settings.source is None) != (settings.target is None):
+        parser.error("--source and --target belong together: give both, or neither")
+    return settings
+
+
+def _margin(text: str) -> str:
+    kind, _, number = text.rpartition(":")
+    value = float(number)
+    if kind not in ("", "quantile") or (kind and not 0 <= value <= 1):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor quantile:Q, 0 <= Q <= 1"
+        )
+    return text
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The two domains, listed and checked."""
+
+    source: LabeledImages
+    """Crops to train on."""
+    source_whole: LabeledImages
+    """The same images uncropped, to take anchors from."""
+    target: UnlabeledImages
+    target_whole: UnlabeledImages
+    evaluation: LabeledImages
+    """The target's validation split."""
+    analysis: LabeledImages | None
+    """The target's training split with its labels, if there are any: never trained on."""
+
+
+def open_data(settings: Settings) -> Data:
+    """List and check both data sets, writing the synthetic ones first if none are given."""
+    source, target = settings.source, settings.target
+    if source is None or target is None:
+        source, target = write_synthetic_pair(settings.output / "synthetic", seed=settings.seed)
+    whole = ResizeAndCrop(settings.height)
+    crops = ResizeAndCrop(settings.height, settings.crop, flip=True)
+    source_pairs = gta5_pairs(source)
+    target_images = cityscapes_images(target, "train")
+    has_truth = (target / "gtFine" / "train").is_dir()
+    return Data(
+        source=LabeledImages(source_pairs, crops),
+        source_whole=LabeledImages(source_pairs, whole),
+        target=UnlabeledImages(target_images, crops),
+        target_whole=UnlabeledImages(target_images, whole),
+        evaluation=LabeledImages(cityscapes_pairs(target, "val"), whole),
+        analysis=LabeledImages(cityscapes_pairs(target, "train"), whole) if has_truth else None,
+    )
+
+
+def batches(dataset: Dataset[Item], count: int, size: int, settings: Settings) -> DataLoader[Item]:
+    """`count` batches of `size` samples, drawn in a new random order each time round."""
+    sampler = RandomSampler(dataset, num_samples=count * size)  # type: ignore[arg-type]
+    return DataLoader(dataset, size, sampler=sampler, num_workers=settings.workers)
+
+
+def one_by_one(dataset: Dataset[Item], settings: Settings, title: str) -> "tqdm[Item]":
+    """Every sample once and in order, as a batch of one (whole images differ in size)."""
+    loader = DataLoader(dataset, batch_size=1, num_workers=settings.workers)
+    return tqdm(loader, desc=title, leave=False)
+
+
+# --------------------------------------------------------------------------------------- objective
+
+
+def segment(network: Segmenter, images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Features and logits of images, in bfloat16 if asked for."""
+    with torch.autocast(torch.device(settings.device).type, torch.bfloat16, settings.bf16):
+        return network(images)
+
+
+def source_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the source at the resolution of its labels."""
+    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
+    return anchorda.discriminative_loss(logits, labels)
+
+
+def optimize(terms: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """One step down the sum of the terms, whose values are returned."""
+    total = torch.stack(list(terms.values())).sum()
+    values = {name: term.item() for name, term in terms.items()}
+    if not total.isfinite():
+        raise FloatingPointError(f"The loss is not finite any more: {values}")
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+    return values
+
+
+def make_optimizer(
+    network: Segmenter, learning_rate: float, iterations: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """SGD whose learning rate falls as (1 − t/T)^0.9, the field's custom."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, iterations, power=0.9)
+
+
+# ----------------------------------------------------------------------------------------- warm-up
+
+
+def warm_up(
+    network: Segmenter, data: Data, settings: Settings, records: Records, *, augment: bool
+) -> None:
+    """Train on the source alone."""
+    phase = "warm-up" if augment else "source only"
+    count = settings.warmup_iterations
+    optimizer, schedule = make_optimizer(network, settings.learning_rate, count)
+    network.train()
+    progress = tqdm(batches(data.source, count, settings.batch, settings), desc=phase)
+    for iteration, (images, labels) in enumerate(progress, start=1):
+        images, labels = images.to(settings.device), labels.to(settings.device)
+        _, logits = segment(network, photometric(images) if augment else images, settings)
+        terms = optimize({"source": source_loss(logits, labels)}, optimizer)
+        schedule.step()
+        progress.set_postfix(terms)
+        records.losses(phase, iteration, terms)
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage holds fixed: the network it starts from, the anchors, and the labelers."""
+
+    frozen: Segmenter
+    centroids: Tensor
+    by_anchor: anchorda.AnchorPseudoLabeler
+    by_probability: anchorda.ProbabilityPseudoLabeler
+    settings: Settings
+
+    @torch.no_grad()
+    def label(self, images: Tensor) -> dict[str, Tensor]:
+        """Pseudo-label maps of target images, by labeler."""
+        features, logits = segment(self.frozen, images, self.settings)
+        maps = {
+            "anchor": self.by_anchor(features, self.centroids).labels,
+            "probability": self.by_probability(logits).labels,
+        }
+        kind = self.settings.labels
+        return maps if kind == "both" else {kind: maps[kind]}
+
+
+def begin_stage(network: Segmenter, data: Data, settings: Settings) -> Stage:
+    """Freeze the network, compute the anchors on the source, and fix the margin on the target."""
+    frozen = copy.deepcopy(network).eval().requires_grad_(False)
+    anchors = anchorda.CategoryAnchors(NUM_CLASSES, frozen.feature_dim).to(settings.device)
+    for images, labels in one_by_one(data.source_whole, settings, "anchors"):
+        features, logits = segment(frozen, images.to(settings.device), settings)
+        labels = anchorda.resize_labels(labels.to(settings.device), features.shape[2:])
+        anchors.update(features, anchorda.keep_correct(labels, logits))
+    centroids = anchors.compute()
+    margin = choose_margin(frozen, centroids, data, settings)
+    return Stage(
+        frozen,
+        centroids,
+        anchorda.AnchorPseudoLabeler(margin).to(settings.device),
+        anchorda.ProbabilityPseudoLabeler(settings.probability).to(settings.device),
+        settings,
+    )
+
+
+def choose_margin(
+    frozen: Segmenter, centroids: Tensor, data: Data, settings: Settings
+) -> float | Tensor:
+    """The margin as it was given, or the quantile of each class's margins on the target."""
+    kind, _, number = settings.margin.rpartition(":")
+    if not kind:
+        return float(number)
+    label_all = anchorda.AnchorPseudoLabeler(float("-inf")).to(settings.device)
+    labels, margins = [], []
+    for images in one_by_one(data.target_whole, settings, "margins"):
+        features, _ = segment(frozen, images.to(settings.device), settings)
+        pseudo = label_all(features, centroids)
+        labels.append(pseudo.labels.flatten().cpu())
+        margins.append(pseudo.scores.flatten().cpu())
+    of_class = [torch.cat(margins)[torch.cat(labels) == c] for c in range(NUM_CLASSES)]
+    return torch.tensor([_quantile(values, float(number)) for values in of_class])
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """The smallest value that a fraction q does not exceed; infinite if there are none."""
+    if len(values) == 0:
+        return float("inf")
+    # Not torch.quantile, which refuses more than 16 million values.
+    return values.kthvalue(max(1, math.ceil(q * len(values)))).values.item()
+
+
+def train_stage(
+    network: Segmenter, stage: Stage, data: Data, settings: Settings, records: Records, phase: str
+) -> None:
+    """Train on the source and on the pseudo-labeled target, pulling both to the anchors."""
+    count, half = settings.stage_iterations, max(1, settings.batch // 2)
+    optimizer, schedule = make_optimizer(network, settings.learning_rate / 2, count)
+    distance = anchorda.AnchorDistanceLoss()
+    discriminate = anchorda.DiscriminativeLoss()
+    network.train()
+    both_domains = zip(
+        batches(data.source, count, half, settings),
+        batches(data.target, count, half, settings),
+        strict=True,
+    )
+    progress = tqdm(both_domains, desc=phase, total=count)
+    for iteration, ((source, labels), target) in enumerate(progress, start=1):
+        source, labels = source.to(settings.device), labels.to(settings.device)
+        target = target.to(settings.device)
+        pseudo = stage.label(target).values()
+        features, logits = segment(network, photometric(torch.cat([source, target])), settings)
+        source_features, target_features = features.split(half)
+        source_logits, target_logits = logits.split(half)
+        small_labels = anchorda.resize_labels(labels, features.shape[2:])
+        correct = anchorda.keep_correct(small_labels, source_logits)
+        pull = distance(source_features, correct, stage.centroids)
+        for pseudo_labels in pseudo:
+            pull = pull + distance(target_features, pseudo_labels, stage.centroids) / len(pseudo)
+        terms = {
+            "source": source_loss(source_logits, labels),
+            "pseudo": sum(discriminate(target_logits, p) for p in pseudo) / len(pseudo),
+            "distance": settings.distance_weight * pull,
+        }
+        values = optimize(terms, optimizer)
+        schedule.step()
+        progress.set_postfix(values)
+        records.losses(phase, iteration, values)
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def predict(network: Segmenter, images: Tensor, size: torch.Size, settings: Settings) -> Tensor:
+    """Predicted classes (N, H, W) at the size of the labels."""
+    _, logits = segment(network, images.to(settings.device), settings)
+    logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    return logits.argmax(dim=1)
+
+
+def evaluate(network: Segmenter, data: Data, settings: Settings) -> anchorda.ConfusionMatrix:
+    """Score a network on the target's validation split."""
+    network.eval()
+    confusion = anchorda.ConfusionMatrix(NUM_CLASSES).to(settings.device)
+    for images, labels in one_by_one(data.evaluation, settings, "evaluation"):
+        predictions = predict(network, images, labels.shape[1:], settings)
+        confusion.update(predictions, labels.to(settings.device))
+    return confusion
+
+
+def analyze_labels(
+    stage: Stage, data: Data, settings: Settings
+) -> dict[str, anchorda.PseudoLabelQuality]:
+    """Compare a stage's pseudo-labels with the target's training labels, if there are any."""
+    quality: dict[str, anchorda.PseudoLabelQuality] = {}
+    if data.analysis is None:
+        return quality
+    for images, labels in one_by_one(data.analysis, settings, "label quality"):
+        for labeler, pseudo in stage.label(images.to(settings.device)).items():
+            if labeler not in quality:
+                quality[labeler] = anchorda.PseudoLabelQuality(NUM_CLASSES).to(settings.device)
+            truth = anchorda.resize_labels(labels.to(settings.device), pseudo.shape[1:])
+            quality[labeler].update(pseudo, truth)
+    return quality
+
+
+# -------------------------------------------------------------------------------------- everything
+
+
+def adapt(settings: Settings) -> Path:
+    """Baseline, warm-up, stages; returns the folder of the report."""
+    data = open_data(settings)
+    records = Records(settings.output)
+    scores: dict[str, anchorda.ConfusionMatrix] = {}
+
+    def finish(phase: str, network: Segmenter, stage: Stage | None = None) -> None:
+        """Score, print and save what a phase has come to."""
+        scores[phase] = evaluate(network, data, settings)
+        records.evaluation(phase, scores[phase])
+        parts: dict[str, object] = {"phase": phase, "network": network.state_dict()}
+        if stage is not None:
+            parts |= {"centroids": stage.centroids, "by_anchor": stage.by_anchor.state_dict()}
+        name = phase.replace(" ", "-") + ".pt"
+        save_checkpoint(settings.output / "checkpoints" / name, parts)
+        print(f"\n{score_table(scores)}\n", flush=True)
+
+    if settings.baseline:
+        baseline = new_network(settings)
+        warm_up(baseline, data, settings, records, augment=False)
+        finish("source only", baseline)
+
+    network = new_network(settings)
+    if settings.warmup_checkpoint is None:
+        warm_up(network, data, settings, records, augment=True)
+    else:
+        network.load_state_dict(load_checkpoint(settings.warmup_checkpoint)["network"])
+    finish("warm-up", network)
+    warm = copy.deepcopy(network).eval()
+
+    for number in range(1, settings.stages + 1):
+        phase = f"stage {number}"
+        stage = begin_stage(network, data, settings)
+        for labeler, quality in analyze_labels(stage, data, settings).items():
+            records.pseudo_labels(phase, labeler, quality)
+        train_stage(network, stage, data, settings, records, phase)
+        finish(phase, network, stage)
+
+    records.close()
+    folder = settings.output / "report"
+    folder.mkdir(exist_ok=True)
+    write_report(folder, warm, network.eval(), stage, data, scores)
+    return folder
+
+
+def new_network(settings: Settings) -> Segmenter:
+    """The untrained network, the same for the same seed."""
+    torch.manual_seed(settings.seed)
+    return SmallSegmenter(NUM_CLASSES).to(settings.device)
+
+
+def score_table(scores: dict[str, anchorda.ConfusionMatrix]) -> str:
+    """Per-class IoU of all phases so far."""
+    return iou_table(
+        {phase: confusion.iou() for phase, confusion in scores.items()},
+        {phase: confusion.mean_iou().item() for phase, confusion in scores.items()},
+    )
+
+
+def write_report(
+    folder: Path,
+    warm: Segmenter,
+    adapted: Segmenter,
+    stage: Stage,
+    data: Data,
+    scores: dict[str, anchorda.ConfusionMatrix],
+) -> None:
+    """The table, and the pictures by which a person judges a run."""
+    table = folder / "iou.txt"
+    write_atomically(table, lambda path: path.write_text(score_table(scores) + "\n", "utf-8"))
+    settings, metrics = stage.settings, stage.settings.output / "metrics.jsonl"
+    panels = []
+    for index in range(0, len(data.evaluation), max(1, len(data.evaluation) // 4))[:4]:
+        image, truth = data.evaluation[index]
+        images, size = image[None], truth.shape
+        maps = list(stage.label(images.to(settings.device)).values())
+        panels.append(
+            Panel(
+                image,
+                truth,
+                predict(warm, images, size, settings)[0].cpu(),
+                predict(adapted, images, size, settings)[0].cpu(),
+                anchorda.combine_pseudo_labels(maps[0], maps[-1], "union")[0].cpu(),
+            )
+        )
+    save_panels(folder / "panels.png", panels)
+    save_curves(folder / "curves.png", metrics)
+    save_anchor_distances(folder / "anchor_distances.png", stage.centroids.cpu())
+    save_label_quality(folder / "label_quality.png", metrics)
+
+
+def main() -> None:
+    """Run from the command line."""
+    settings = parse_settings()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    resolved = json.dumps(vars(settings), default=str, indent=2)
+    (settings.output / "settings.json").write_text(resolved + "\n", encoding="utf-8")
+    try:
+        folder = adapt(settings)
+    except (DatasetError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    print(f"Report: {folder}")
+
+
+if __name__ == "__main__":
+    main()

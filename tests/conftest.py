@@ -1,0 +1,40 @@
+"""What every test runs under: poisoned memory, one thread, a fixed seed; and shared fixtures."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from anchorda._ops import reference
+
+settings.register_profile("local", deadline=None, max_examples=20)
+settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+torch.set_num_threads(1)
+# Uninitialized memory is filled with NaN and the largest integer: an unwritten result is seen.
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[1, 7, 64, 2**19])
+def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Operators that walk in blocks of this many elements: pixel by pixel to all at once."""
+    elements: int = request.param
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS_CPU", elements)
+    return elements
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden numbers beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("the golden numbers are not beside this repository")
+    return folder

@@ -1,0 +1,114 @@
+"""The synthetic pair: formats, classes, reproducibility, interrupted and foreign folders."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+from classes import NUM_CLASSES, train_ids
+from datasets import cityscapes_images, cityscapes_pairs, gta5_pairs
+from numpy.typing import NDArray
+from PIL import Image
+from synthetic import write_synthetic_pair
+
+
+def _write(root: Path, seed: int = 0) -> tuple[Path, Path]:
+    return write_synthetic_pair(
+        root, seed=seed, source_images=3, target_images=2, val_images=2, height=48
+    )
+
+
+def _header(path: Path) -> tuple[str, tuple[int, int]]:
+    with Image.open(path) as image:
+        return image.mode, image.size
+
+
+def _labels(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return train_ids(np.asarray(image))
+
+
+def _digests(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_synthetic_pair(
+        tmp_path_factory.mktemp("pair"), seed=0, source_images=24, target_images=8, val_images=16
+    )
+
+
+def test_layout_modes_and_sizes(pair: tuple[Path, Path]) -> None:
+    source, target = pair
+    sizes = set()
+    for image, label in gta5_pairs(source):
+        assert _header(label)[0] == "P"
+        mode, size = _header(image)
+        assert mode == "RGB"
+        sizes.add(size)
+    assert len(sizes) > 1
+    assert all(248 <= width <= 264 and 139 <= height <= 149 for width, height in sizes)
+    for image, label in cityscapes_pairs(target, "val"):
+        assert _header(image) == ("RGB", (288, 144))
+        assert _header(label) == ("L", (288, 144))
+    assert len(cityscapes_images(target, "train")) == 8
+    assert len(cityscapes_pairs(target, "train")) == 8
+    assert len(list((target / "leftImg8bit" / "val").iterdir())) > 1
+
+
+def test_every_class_and_ignored_pixels_occur_in_both_domains(pair: tuple[Path, Path]) -> None:
+    source, target = pair
+    for pairs in (gta5_pairs(source), cityscapes_pairs(target, "val")):
+        labels = [_labels(pair.label) for pair in pairs]
+        images_with = np.sum([np.bincount(ids.ravel(), minlength=256) > 0 for ids in labels], 0)
+        assert (images_with[:NUM_CLASSES] >= 2).all()
+        assert images_with[255] > 0
+
+
+def test_same_seed_gives_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _write(tmp_path / name, seed)
+    first, second, third = (_digests(tmp_path / name) for name in "abc")
+    assert first == second
+    assert first.keys() == third.keys()
+    assert all(first[name] != third[name] for name in first)
+
+
+def test_complete_pair_is_reused_and_other_settings_rewrite_it(tmp_path: Path) -> None:
+    source, _ = _write(tmp_path)
+    image = source / "images" / "00001.png"
+    stamp = image.stat().st_mtime_ns
+    _write(tmp_path)
+    assert image.stat().st_mtime_ns == stamp
+    before = _digests(tmp_path)
+    _write(tmp_path, seed=1)
+    assert _digests(tmp_path)["source/images/00001.png"] != before["source/images/00001.png"]
+
+
+def test_interrupted_write_is_started_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthetic, "_write_target", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _write(tmp_path / "a")
+    assert not (tmp_path / "a" / "complete.json").exists()
+    _write(tmp_path / "a")
+    _write(tmp_path / "b")
+    assert _digests(tmp_path / "a") == _digests(tmp_path / "b")
+
+
+def test_foreign_data_is_never_removed(tmp_path: Path) -> None:
+    precious = tmp_path / "source" / "images" / "00001.png"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=r"source exists .* Choose another folder"):
+        _write(tmp_path)
+    assert precious.read_bytes() == b"precious"

@@ -1,0 +1,272 @@
+"""The same mathematics as loops over float64 NumPy arrays, to be checked by eye.
+
+Every function takes rows: features ``x (P, D)``, logits ``z (P, C)``, labels ``y (P,)``, anchors
+``a (C, D)``. `rows` makes them from tensors of the library's shapes.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+# Label-map shapes: no, one, two and three spatial dimensions; no image; no pixel; odd sizes.
+SHAPES = [(5,), (0,), (2, 7), (2, 0), (2, 5, 3), (0, 2, 3), (1, 33, 1), (3, 2, 3, 5)]
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
+LAYOUTS = ["contiguous", "transposed", "strided", "channels_last", "expanded"]
+
+
+class Problem(NamedTuple):
+    """Random arguments that fit each other."""
+
+    features: Tensor
+    labels: Tensor
+    logits: Tensor
+    anchors: Tensor
+
+
+def draw(
+    shape: Sequence[int], dim: int = 3, num_classes: int = 4, dtype: torch.dtype = torch.float32
+) -> Problem:
+    """Features (N, D, *), labels (N, *) of which some are ignored, logits, and anchors."""
+    n, *spatial = shape
+    ignored = torch.tensor([-1, 250, 255, num_classes, -(2**40), 2**40])
+    labels = torch.randint(num_classes, tuple(shape))
+    labels = torch.where(torch.rand(*shape) < 0.7, labels, ignored[torch.randint(6, tuple(shape))])
+    return Problem(
+        torch.randn(n, dim, *spatial).to(dtype),
+        labels,
+        (3 * torch.randn(n, num_classes, *spatial)).to(dtype),
+        2 * torch.randn(num_classes, dim),
+    )
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout; "expanded" repeats the first image instead."""
+    if layout == "transposed":
+        order = list(reversed(range(tensor.ndim)))
+        return tensor.permute(order).contiguous().permute(order)
+    if layout == "strided":
+        view = tensor.new_full([2 * size for size in tensor.shape], 77)
+        view = view[tuple([slice(1, None, 2)] * tensor.ndim)]
+        return view.copy_(tensor)
+    if layout == "channels_last" and tensor.ndim > 1:
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+def rows(tensor: Tensor) -> Array:
+    """(N, K, *) as float64 rows (P, K), images first, then the pixels of each."""
+    channels_last = tensor.detach().double().movedim(1, -1)
+    return np.asarray(channels_last.reshape(-1, tensor.shape[1]).numpy())
+
+
+def flat(labels: Tensor) -> Labels:
+    """Labels (N, *) as int64 (P,), in the order of `rows`."""
+    return np.asarray(labels.long().reshape(-1).numpy())
+
+
+def class_sums(x: Array, y: Labels, num_classes: int) -> tuple[Array, Labels]:
+    sums, counts = np.zeros((num_classes, x.shape[1])), np.zeros(num_classes, np.int64)
+    for feature, label in zip(x, y, strict=True):
+        if 0 <= label < num_classes and all(math.isfinite(value) for value in feature):
+            sums[label] += feature
+            counts[label] += 1
+    return sums, counts
+
+
+def image_centroids(
+    x: Array, y: Labels, num_classes: int, min_pixels: int, ignore_index: int
+) -> tuple[Array, Labels]:
+    """The means (C, D) and labels (C,) of one image."""
+    sums, counts = class_sums(x, y, num_classes)
+    means, labels = np.full(sums.shape, math.nan), np.full(num_classes, ignore_index)
+    for c in range(num_classes):
+        if counts[c] > 0:
+            means[c] = sums[c] / counts[c]
+        if counts[c] >= min_pixels:
+            labels[c] = c
+    return means, labels
+
+
+def stream_anchors(
+    batches: Iterable[tuple[Array, Labels]],
+    num_classes: int,
+    dim: int,
+    max_count: int | None = None,
+    momentum: float | None = None,
+) -> tuple[Array, Labels]:
+    """Anchors (C, D), NaN where unseen, and counts, batch after batch."""
+    anchors, seen = np.full((num_classes, dim), math.nan), np.zeros(num_classes, np.int64)
+    for x, y in batches:
+        sums, counts = class_sums(x, y, num_classes)
+        for c in range(num_classes):
+            if counts[c] == 0:
+                continue
+            mean = sums[c] / counts[c]
+            if seen[c] == 0:
+                anchors[c] = mean
+            elif momentum is not None:
+                anchors[c] = (1 - momentum) * anchors[c] + momentum * mean
+            else:
+                anchors[c] = (seen[c] * anchors[c] + counts[c] * mean) / (seen[c] + counts[c])
+            seen[c] += counts[c]
+            if max_count is not None:
+                seen[c] = min(seen[c], max_count)
+    return anchors, seen
+
+
+def distance(feature: Array, anchor: Array) -> float:
+    total = 0.0
+    for value, center in zip(feature, anchor, strict=True):
+        total += (value - center) ** 2
+    return math.sqrt(total)
+
+
+def anchor_distances(x: Array, a: Array) -> Array:
+    """(P, C), infinite for unseen classes, else NaN for features that are not finite."""
+    distances = np.full((len(x), len(a)), math.inf)
+    for i, feature in enumerate(x):
+        for k, anchor in enumerate(a):
+            if np.isfinite(anchor).all():
+                finite = np.isfinite(feature).all()
+                distances[i, k] = distance(feature, anchor) if finite else math.nan
+    return distances
+
+
+def margin_labels(
+    x: Array, a: Array, min_margin: Sequence[float], relative: bool, ignore_index: int
+) -> tuple[Labels, Array]:
+    labels, scores = np.full(len(x), ignore_index, np.int64), np.zeros(len(x))
+    for i, of_classes in enumerate(anchor_distances(x, a)):
+        candidates = sorted((d, k) for k, d in enumerate(of_classes) if math.isfinite(d))
+        if not candidates:
+            continue
+        nearest, label = candidates[0]
+        second = candidates[1][0] if len(candidates) > 1 else math.inf
+        if not relative:
+            scores[i] = second - nearest
+        elif second == math.inf:
+            scores[i] = 1.0
+        elif second > 0:
+            scores[i] = (second - nearest) / second
+        if scores[i] > min_margin[label]:
+            labels[i] = label
+    return labels, scores
+
+
+def softmax(z: Array) -> Array:
+    exponentials = np.array([math.exp(value - max(z)) for value in z])
+    return np.asarray(exponentials / sum(exponentials))
+
+
+def probability_labels(
+    z: Array, min_probability: Sequence[float], ignore_index: int
+) -> tuple[Labels, Array]:
+    labels, scores = np.full(len(z), ignore_index, np.int64), np.zeros(len(z))
+    for i, logits in enumerate(z):
+        if np.isnan(logits).any() or max(logits) in (math.inf, -math.inf):
+            continue
+        probabilities = softmax(logits)
+        label = int(np.argmax(probabilities))
+        scores[i] = probabilities[label]
+        if scores[i] > min_probability[label]:
+            labels[i] = label
+    return labels, scores
+
+
+def keep_correct(y: Labels, z: Array, ignore_index: int) -> Labels:
+    kept = np.full(len(y), ignore_index, np.int64)
+    for i, (label, logits) in enumerate(zip(y, z, strict=True)):
+        if not np.isnan(logits).any() and int(np.argmax(logits)) == label:
+            kept[i] = label
+    return kept
+
+
+def resize_nearest(labels: Labels, size: Sequence[int]) -> Labels:
+    """One label map (*) to (*size)."""
+    resized = np.empty(size, np.int64)
+    for cell in itertools.product(*map(range, size)):
+        pixel = [i * old // new for i, old, new in zip(cell, labels.shape, size, strict=True)]
+        resized[cell] = labels[tuple(pixel)]
+    return resized
+
+
+def resize_majority(
+    labels: Labels, size: Sequence[int], min_ratio: float, ignore_index: int
+) -> Labels:
+    """One label map (*) to (*size)."""
+    resized = np.full(size, ignore_index, np.int64)
+    for cell in itertools.product(*map(range, size)):
+        ranges = [
+            range(math.floor(i * old / new), math.ceil((i + 1) * old / new))
+            for i, old, new in zip(cell, labels.shape, size, strict=True)
+        ]
+        inside = [int(labels[pixel]) for pixel in itertools.product(*ranges)]
+        winner = min(set(inside), key=lambda label: (-inside.count(label), label))
+        if inside.count(winner) / len(inside) >= min_ratio:
+            resized[cell] = winner
+    return resized
+
+
+def pixel_distance(feature: Array, anchor: Array, kind: str) -> float:
+    if kind == "euclidean":
+        return distance(feature, anchor)
+    if kind == "squared":
+        return float(sum((feature - anchor) ** 2))
+    sizes = [abs(value - center) for value, center in zip(feature, anchor, strict=True)]
+    return sum(0.5 * s**2 if s < 1 else s - 0.5 for s in sizes) / len(sizes)
+
+
+def distance_loss(x: Array, y: Labels, a: Array, kind: str, average: str) -> float:
+    of_class: dict[int, list[float]] = {}
+    for feature, label in zip(x, y, strict=True):
+        if 0 <= label < len(a) and np.isfinite(a[label]).all():
+            of_class.setdefault(int(label), []).append(pixel_distance(feature, a[label], kind))
+    groups = list(of_class.values())
+    if average == "pixel":
+        groups = [[loss] for group in groups for loss in group]
+    return sum(sum(group) / len(group) for group in groups) / max(1, len(groups))
+
+
+def contrastive_loss(x: Array, y: Labels, a: Array, temperature: float) -> float:
+    losses = []
+    for feature, label in zip(x, y, strict=True):
+        if 0 <= label < len(a) and np.isfinite(a[label]).all():
+            seen = [k for k in range(len(a)) if np.isfinite(a[k]).all()]
+            similarities = np.array([-distance(feature, a[k]) / temperature for k in seen])
+            losses.append(-math.log(softmax(similarities)[seen.index(int(label))]))
+    return sum(losses) / max(1, len(losses))
+
+
+def cross_entropy(z: Array, y: Labels, weight: Sequence[float], smoothing: float) -> float:
+    """Weighted mean; smoothing moves that part of the target evenly to all classes."""
+    total, norm = 0.0, 0.0
+    for logits, label in zip(z, y, strict=True):
+        if not 0 <= label < len(logits):
+            continue
+        probabilities = softmax(logits)
+        for c, probability in enumerate(probabilities):
+            target = smoothing / len(logits) + (1 - smoothing) * (c == label)
+            total -= weight[c] * target * math.log(probability)
+        norm += weight[label]
+    return total / norm if norm else 0.0
+
+
+def confusion(predictions: Labels, truth: Labels, num_classes: int) -> Labels:
+    """(C, C + 1): truth by prediction, the last column for predictions outside [0, C)."""
+    counts = np.zeros((num_classes, num_classes + 1), np.int64)
+    for predicted, true in zip(predictions, truth, strict=True):
+        if 0 <= true < num_classes:
+            counts[true, predicted if 0 <= predicted < num_classes else num_classes] += 1
+    return counts

@@ -1,0 +1,320 @@
+"""The losses and their gradients."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import anchorda
+from anchorda.losses import Average, Distance
+from tests import oracles
+from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
+
+# Measured: 3e-7 relative, a few roundings to float32.
+RELATIVE_TOLERANCE = 2e-6
+NAN, INF = math.nan, math.inf
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+DISTANCE_OPTIONS = [
+    {"distance": distance, "average": average}
+    for distance in get_args(Distance)
+    for average in get_args(Average)
+]
+FEATURE_LOSSES: list[Loss] = [
+    *(anchorda.AnchorDistanceLoss(**options) for options in DISTANCE_OPTIONS),
+    anchorda.AnchorContrastiveLoss(temperature=0.7),
+]
+
+
+def logit_loss(logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    """The discriminative loss in the signature of the others: their features are its logits."""
+    weight = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    return anchorda.discriminative_loss(logits, labels, weight=weight, label_smoothing=0.1)
+
+
+LOSSES: list[Loss] = [*FEATURE_LOSSES, logit_loss]
+
+
+def gradient(loss: Tensor, of: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(loss, of)
+    return grad
+
+
+def assert_losses(features: Tensor, labels: Tensor, anchors: Tensor, logits: Tensor) -> None:
+    """Every loss with every option against its oracle."""
+    x, y, a, z = rows(features), flat(labels), anchors.double().numpy(), rows(logits)
+    weight = [0.5, 0.0, 2.0, 1.0, 3.0][: logits.shape[1]]
+    pairs = [
+        (
+            anchorda.anchor_distance_loss(features, labels, anchors, **options),
+            oracles.distance_loss(x, y, a, options["distance"], options["average"]),
+        )
+        for options in DISTANCE_OPTIONS
+    ]
+    for temperature in (1.0, 0.3):
+        pairs += [
+            (
+                anchorda.anchor_contrastive_loss(
+                    features, labels, anchors, temperature=temperature
+                ),
+                oracles.contrastive_loss(x, y, a, temperature),
+            )
+        ]
+    for smoothing in (0.0, 0.2):
+        pairs += [
+            (
+                anchorda.discriminative_loss(logits, labels, label_smoothing=smoothing),
+                oracles.cross_entropy(z, y, [1.0] * len(weight), smoothing),
+            ),
+            (
+                anchorda.discriminative_loss(
+                    logits, labels, weight=torch.tensor(weight), label_smoothing=smoothing
+                ),
+                oracles.cross_entropy(z, y, weight, smoothing),
+            ),
+        ]
+    expected_dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    for loss, expected in pairs:
+        assert loss.dtype == expected_dtype
+        assert loss.shape == ()
+        np.testing.assert_allclose(loss.item(), expected, rtol=RELATIVE_TOLERANCE, atol=1e-7)
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dim", "num_classes"), [(3, 4), (1, 1), (6, 2)])
+def test_any_shape(shape: Sequence[int], dim: int, num_classes: int) -> None:
+    features, labels, logits, anchors = draw(shape, dim, num_classes)
+    before = [tensor.clone() for tensor in (features, labels, logits, anchors)]
+    assert_losses(features, labels, anchors, logits)
+    for tensor, copy in zip((features, labels, logits, anchors), before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block_elements", [7], indirect=True)
+def test_any_layout_and_dtype(dtype: torch.dtype, layout: str, block_elements: int) -> None:
+    features, labels, logits, anchors = draw((3, 4, 5), dtype=dtype)
+    features, labels, logits = (lay_out(t, layout) for t in (features, labels, logits))
+    assert_losses(features, labels, anchors.T.contiguous().T, logits)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    features, labels, logits, anchors = draw((2, 5, 3))
+    labels = torch.where((labels >= 0) & (labels < 4), labels, 120).to(dtype)
+    assert_losses(features, labels, anchors, logits)
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("unseen", [[1], [0, 2, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("marker", [NAN, INF])
+def test_unseen_class_contributes_nothing(unseen: list[int], marker: float) -> None:
+    features, labels, logits, anchors = draw((2, 3, 4))
+    anchors[unseen, 1] = marker
+    assert_losses(features, labels, anchors, logits)
+    features.requires_grad_()
+    active = (labels >= 0) & (labels < 4) & ~torch.isin(labels, torch.tensor(unseen))
+    for loss in FEATURE_LOSSES:
+        grad = gradient(loss(features, labels, anchors), features)
+        assert grad.isfinite().all()
+        assert not torch.where(active[:, None], 0.0, grad).any()
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_in_float64(loss: Loss, layout: str) -> None:
+    features, labels, _, anchors = draw((2, 3, 2), dtype=torch.float64)
+    anchors[1] = NAN
+    features = lay_out(features, layout).detach().requires_grad_()
+    labels = lay_out(labels, layout)
+
+    def of_features(features: Tensor) -> Tensor:
+        return loss(features, labels, anchors)
+
+    # A reference of one's own: gradcheck disturbs an expanded input in all its places at once.
+    if layout == "expanded":
+        grad = gradient(of_features(features), features)
+        copy = features.detach().clone().requires_grad_()
+        torch.testing.assert_close(grad, gradient(of_features(copy), copy), rtol=0, atol=0)
+    else:
+        assert torch.autograd.gradcheck(of_features, features)
+
+
+@pytest.mark.parametrize("average", get_args(Average))
+@pytest.mark.parametrize("distance", get_args(Distance))
+def test_gradient_exactly_at_an_anchor_is_zero(distance: Distance, average: Average) -> None:
+    anchors = torch.randn(3, 64)
+    features = anchors.clone().requires_grad_()
+    loss = anchorda.anchor_distance_loss(
+        features, torch.arange(3), anchors, distance=distance, average=average
+    )
+    assert loss.item() == 0
+    assert not gradient(loss, features).any()
+
+
+def test_gradient_of_the_contrastive_loss_at_an_anchor_is_that_of_the_others() -> None:
+    anchors = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    features = torch.zeros(1, 2, requires_grad=True)
+    loss = anchorda.anchor_contrastive_loss(features, torch.tensor([0]), anchors)
+    # −∂/∂x of log p₀ is p₁ · ∂(d₀ − d₁)/∂x, where ∂d₀/∂x is 0 and ∂d₁/∂x is (−0.6, −0.8).
+    other = 1 / (1 + math.exp(5))
+    expected = torch.tensor([[0.6 * other, 0.8 * other]])
+    torch.testing.assert_close(gradient(loss, features), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 2), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("label", [-1, 255, 2])
+def test_nothing_active_is_a_zero_that_is_connected(
+    loss: Loss, shape: Sequence[int], label: int
+) -> None:
+    problem = draw(shape)
+    features = problem.features.requires_grad_()
+    anchors = problem.anchors[:, :3].clone()
+    anchors[2] = NAN
+    if loss is logit_loss and label == 2:
+        label = 3
+    value = loss(features, torch.full(tuple(shape), label), anchors)
+    assert value.item() == 0
+    value.backward()  # type: ignore[no-untyped-call]
+    assert features.grad is not None
+    assert features.grad.shape == features.shape
+    assert not features.grad.any()
+
+
+def test_classes_without_weight_are_nothing_to_average() -> None:
+    logits = torch.randn(3, 2, requires_grad=True)
+    loss = anchorda.discriminative_loss(
+        logits, torch.tensor([0, 0, 255]), weight=torch.tensor([0.0, 1.0])
+    )
+    assert loss.item() == 0
+    assert not gradient(loss, logits).any()
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_not_finite_propagates_where_active_and_never_where_ignored(
+    loss: Loss, value: float
+) -> None:
+    features, labels, _, anchors = draw((2, 4, 3))
+    labels[0, 0, 0], labels[1, 2, 1] = 255, 1
+    ignored = features.clone()
+    ignored[0, :, 0, 0] = value
+    ignored.requires_grad_()
+    features.requires_grad_()
+    clean, held = loss(features, labels, anchors), loss(ignored, labels, anchors)
+    assert torch.equal(clean, held)
+    clean_grad, held_grad = gradient(clean, features), gradient(held, ignored)
+    assert torch.equal(clean_grad, held_grad)
+
+    diverged = features.detach().clone()
+    diverged[1, 1, 2, 1] = value
+    diverged.requires_grad_()
+    seen = loss(diverged, labels, anchors)
+    assert not seen.isfinite()
+    grad = gradient(seen, diverged)
+    # The Huber function's slope at infinity is 1: only there is the gradient finite.
+    if value != value or getattr(loss, "distance", None) != "smooth_l1":
+        assert not grad[1, :, 2, 1].isfinite().all()
+    grad[1, :, 2, 1] = clean_grad[1, :, 2, 1]
+    torch.testing.assert_close(grad, clean_grad)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_gives_the_answer_of_the_same_rounded_float32(
+    loss: Loss, dtype: torch.dtype, layout: str
+) -> None:
+    features, labels, _, anchors = draw((2, 5, 3), dtype=dtype)
+    half = lay_out(features, layout).detach().requires_grad_()
+    single = half.detach().float().requires_grad_()
+    of_half, of_single = loss(half, labels, anchors), loss(single, labels, anchors)
+    assert of_half.dtype == torch.float32
+    assert torch.equal(of_half, of_single)
+    grad = gradient(of_half, half)
+    assert grad.dtype == dtype
+    assert torch.equal(grad, gradient(of_single, single).to(dtype))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_accumulates_in_float32(loss: Loss) -> None:
+    features, labels, _, anchors = draw((2, 50, 60))
+    features.requires_grad_()
+    expected = loss(features, labels, anchors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = loss(features, labels, anchors)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    assert torch.equal(gradient(actual, features), gradient(expected, features))
+
+
+@pytest.mark.parametrize("loss", FEATURE_LOSSES)
+def test_anchors_receive_no_gradient(loss: Loss) -> None:
+    features, labels, _, anchors = draw((2, 3))
+    features.requires_grad_()
+    anchors.requires_grad_()
+    loss(features, labels, anchors).backward()  # type: ignore[no-untyped-call]
+    assert features.grad is not None
+    assert anchors.grad is None
+
+
+def test_differentiable_once() -> None:
+    features = torch.randn(2, 3, requires_grad=True)
+    loss = anchorda.anchor_distance_loss(features, torch.tensor([0, 1]), torch.zeros(2, 3))
+    (grad,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0])}, {"label_smoothing": 0.1}],
+)
+def test_discriminative_loss_is_cross_entropy(options: dict[str, Any]) -> None:
+    problem = draw((2, 5, 3))
+    labels = problem.labels.clamp(0, 3)
+    expected = torch.nn.functional.cross_entropy(problem.logits, labels, **options)
+    torch.testing.assert_close(
+        anchorda.discriminative_loss(problem.logits, labels, **options), expected
+    )
+
+
+@pytest.mark.parametrize("options", DISTANCE_OPTIONS)
+def test_distance_module_is_its_function(options: dict[str, Any]) -> None:
+    features, labels, _, anchors = draw((2, 5, 3))
+    module = anchorda.AnchorDistanceLoss(**options)
+    expected = anchorda.anchor_distance_loss(features, labels, anchors, **options)
+    assert torch.equal(module(features, labels, anchors), expected)
+    shown = f"AnchorDistanceLoss({options['distance']!r}, average={options['average']!r})"
+    assert repr(module) == shown
+
+
+def test_other_modules_are_their_functions() -> None:
+    features, labels, logits, anchors = draw((2, 5, 3))
+    contrastive = anchorda.AnchorContrastiveLoss(temperature=0.4)
+    expected = anchorda.anchor_contrastive_loss(features, labels, anchors, temperature=0.4)
+    assert torch.equal(contrastive(features, labels, anchors), expected)
+    assert repr(contrastive) == "AnchorContrastiveLoss(temperature=0.4)"
+    weight = torch.tensor([1.0, 0.0, 2.0, 3.0])
+    discriminative = anchorda.DiscriminativeLoss(weight=weight, label_smoothing=0.1)
+    expected = anchorda.discriminative_loss(logits, labels, weight=weight, label_smoothing=0.1)
+    assert torch.equal(discriminative(logits, labels), expected)
+    assert torch.equal(discriminative.state_dict()["weight"], weight)
+    assert not anchorda.DiscriminativeLoss().state_dict()
+    assert repr(discriminative) == "DiscriminativeLoss(label_smoothing=0.1)"
+
+
+def test_contrastive_loss_at_infinite_temperature_is_that_of_chance() -> None:
+    anchors = torch.tensor([[0.0], [1.0], [NAN]])
+    loss = anchorda.anchor_contrastive_loss(
+        torch.zeros(1, 1), torch.tensor([0]), anchors, temperature=INF
+    )
+    torch.testing.assert_close(loss, torch.tensor(math.log(2)))
