@@ -134,7 +134,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Mapping[int, Mapping[str, floa
             steps = [step for step in sorted(phase) if term in phase[step]]
             x = end - length + np.array(steps)
             values = np.array([phase[step][term] for step in steps])
-            axes.plot(x, values, color=f"C{index}", alpha=0.25, linewidth=0.8)
+            axes.plot(x, values, color=f"C{index}", alpha=0.25, linewidth=0.8, zorder=1)
             axes.plot(x, _running_mean(values), color=f"C{index}", linewidth=1.6)
         axes.axvline(end, color="0.5", linewidth=0.8)
     names = axes.secondary_xaxis("top")
@@ -167,7 +167,8 @@ def _draw_mious(axes: Axes, mious: Mapping[str, float]) -> None:
         label = f"source only: {reference:.1f}"
         axes.axhline(reference, color="0.4", linestyle="--", linewidth=1.2, label=label)
         axes.legend(loc="lower right")
-    axes.margins(x=0.12, y=0.25)  # room for the numbers, and for the legend below the curve
+    axes.set_xlim(-0.4, len(percent) - 0.6)
+    axes.margins(y=0.25)  # room for the numbers, and for the legend below the curve
     axes.locator_params(axis="y", integer=True)
     axes.set_ylabel("mIoU after each phase (%)")
     axes.grid(axis="y", color=_FAINT, linewidth=0.5)
@@ -242,7 +243,7 @@ def _draw_quality(axes: Axes, quality: Quality, names: Sequence[str]) -> None:
         for place, name in enumerate(names):
             y, value = place + bar * (index - 0.5), 100 * values.get(name, math.nan)
             if math.isnan(value):  # undefined is not 0
-                axes.text(1, y, "–", color=f"C{index}", va="center_baseline")
+                axes.text(0.5, y, "n/a", color=f"C{index}", fontsize=7, va="center")
             else:
                 axes.barh(y, value, height=bar, color=f"C{index}")
     axes.tick_params(axis="y", length=0)

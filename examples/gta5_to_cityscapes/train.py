@@ -65,6 +65,7 @@ class Settings(argparse.Namespace):
     crop: tuple[int, int]
     batch: int
     learning_rate: float
+    stage_learning_rate: float
     warmup_iterations: int
     stages: int
     stage_iterations: int
@@ -105,15 +106,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add("--crop", type=int, nargs=2, default=(128, 192), help="height and width of crops")
     add("--batch", type=int, default=8, help="images a step; in stages half of each domain")
     add("--learning-rate", type=float, default=0.05, help="at the start of the warm-up")
+    add("--stage-learning-rate", type=float, default=0.02, help="at the start of each stage")
     add("--warmup-iterations", type=int, default=400, help="of the warm-up, and the baseline")
-    add(
-        "--stages",
-        type=int,
-        default=3,
-        choices=range(1, 100),
-        metavar="K",
-        help="how often the target is labeled anew",
-    )
+    add("--stages", type=int, default=3, help="how often the target is labeled anew")
     add("--stage-iterations", type=int, default=150, help="of each stage")
     add("--baseline", action="store_true", help="train without augmentation too, to compare")
     add("--warmup-checkpoint", type=Path, help="start from this warm-up instead of training one")
@@ -323,7 +318,7 @@ def train_stage(
 ) -> None:
     """Train on the source and on the pseudo-labeled target, pulling both to the anchors."""
     count, half = settings.stage_iterations, max(1, settings.batch // 2)
-    optimizer, schedule = make_optimizer(network, settings.learning_rate / 2, count)
+    optimizer, schedule = make_optimizer(network, settings.stage_learning_rate, count)
     distance = anchorda.AnchorDistanceLoss()
     discriminate = anchorda.DiscriminativeLoss()
     network.train()
@@ -426,8 +421,10 @@ def adapt(settings: Settings) -> Path:
     finish("warm-up", network)
     warm = copy.deepcopy(network).eval()
 
+    stage = None
     for number in range(1, settings.stages + 1):
         phase = f"stage {number}"
+        torch.manual_seed(1000 * settings.seed + number)  # the same however the warm-up came
         stage = begin_stage(network, data, settings)
         for labeler, quality in analyze_labels(stage, data, settings).items():
             records.pseudo_labels(phase, labeler, quality)
@@ -437,6 +434,7 @@ def adapt(settings: Settings) -> Path:
     records.close()
     folder = settings.output / "report"
     folder.mkdir(exist_ok=True)
+    stage = stage or begin_stage(network, data, settings)
     write_report(folder, warm, network.eval(), stage, data, scores)
     return folder
 

@@ -1,0 +1,263 @@
+"""What a person reads: the exact table, the colors in the pictures, and no half-written file."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report
+import torch
+from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+NOTHING: dict[str, float | None] = dict.fromkeys(CLASS_NAMES)
+TERMS = {"warm-up": {"source": 1.0}, "stage 1": {"source": 1.0, "pseudo": 2.0}}
+LINES: list[dict[str, object]] = [
+    {"kind": "evaluation", "phase": "source only", "miou": 0.2, "accuracy": 0.5, "iou": NOTHING},
+    {"kind": "evaluation", "phase": "warm-up", "miou": 0.3, "accuracy": 0.5, "iou": NOTHING},
+    {"kind": "evaluation", "phase": "stage 1", "miou": None, "accuracy": None, "iou": NOTHING},
+    {
+        "kind": "pseudo-labels",
+        "phase": "stage 1",
+        "labeler": "anchor",
+        "coverage": NOTHING | {"road": 0.75, "wall": 0.5},
+        "precision": NOTHING | {"road": 0.25},
+        "recall": NOTHING,
+    },
+]
+for phase in TERMS:
+    for step in range(1, 21):
+        LINES.append({"kind": "losses", "phase": phase, "iteration": step, "terms": TERMS[phase]})
+
+
+def write_metrics(folder: Path, *lines: dict[str, object]) -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def anchors(seen: list[int]) -> Tensor:
+    centroids = torch.full((NUM_CLASSES, 4), math.nan)
+    centroids[seen] = torch.arange(4.0 * len(seen)).view(-1, 4)
+    return centroids
+
+
+def panel(height: int, width: int, **labels: int) -> report.Panel:
+    maps = {
+        name: torch.full((height, width), labels.get(name, IGNORE))
+        for name in report.Panel._fields[1:]
+    }
+    maps["pseudo"] = maps["pseudo"][::4, ::4]
+    return report.Panel(torch.full((3, height, width), 0.5), **maps)
+
+
+def pixels(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+PICTURES: list[Callable[[Path], object]] = [
+    lambda folder: report.save_panels(folder / "picture.png", [panel(12, 16, truth=3)]),
+    lambda folder: report.save_curves(folder / "picture.png", write_metrics(folder, *LINES)),
+    lambda folder: report.save_anchor_distances(folder / "picture.png", anchors([0, 4, 18])),
+    lambda folder: report.save_label_quality(folder / "picture.png", write_metrics(folder, *LINES)),
+]
+each_picture = pytest.mark.parametrize(
+    "save", PICTURES, ids=["panels", "curves", "anchors", "quality"]
+)
+
+
+def test_table_lists_the_classes_that_occur_in_any_phase() -> None:
+    before, after = torch.full((2, NUM_CLASSES), math.nan)
+    before[0], after[0], after[6] = 0.5, 1.0, 0.0625
+    table = report.iou_table(
+        {"source only": before, "warm-up": after}, {"source only": 0.5, "warm-up": 0.53125}
+    )
+    assert table.splitlines() == [
+        "class          source only  warm-up",
+        "-----------------------------------",
+        "road                  50.0    100.0",
+        "traffic light            –      6.2",
+        "-----------------------------------",
+        "mIoU                  50.0     53.1",
+    ]
+
+
+def test_table_keeps_the_order_of_the_phases_and_says_where_there_is_no_mean() -> None:
+    nothing = torch.full((NUM_CLASSES,), math.nan)
+    table = report.iou_table({"b": nothing, "a": nothing}, {"a": 0.25, "b": math.nan})
+    assert table.splitlines()[0].split() == ["class", "b", "a"]
+    assert table.splitlines()[-1].split() == ["mIoU", "–", "25.0"]
+
+
+@each_picture
+def test_picture_is_readable_and_alone(save: Callable[[Path], object], tmp_path: Path) -> None:
+    save(tmp_path)
+    assert pixels(tmp_path / "picture.png").std() > 0
+    assert {path.name for path in tmp_path.iterdir()} <= {"picture.png", "metrics.jsonl"}
+
+
+@each_picture
+def test_failed_picture_leaves_what_was_there(
+    save: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Figure, path: Path, **__: object) -> None:
+        path.write_bytes(b"half a picture")
+        raise OSError("disk full")
+
+    (tmp_path / "picture.png").write_bytes(b"before")
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path)
+    assert (tmp_path / "picture.png").read_bytes() == b"before"
+    assert {path.name for path in tmp_path.iterdir()} <= {"picture.png", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[(60, 80), (60, 80)], [(50, 100), (50, 100)], [(60, 80), (50, 100)]],
+    ids=["4:3", "2:1", "both"],
+)
+def test_panels_show_each_label_map_in_its_place_and_color(
+    sizes: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    rows = [
+        panel(*sizes[0], truth=0, warm_up=8, adapted=10, pseudo=13),
+        panel(*sizes[1], truth=18, warm_up=-1, adapted=250, pseudo=2),
+    ]
+    report.save_panels(tmp_path / "panels.png", rows)
+    picture = pixels(tmp_path / "panels.png")
+    box = picture.shape[1] / 5
+    is_gray = (np.abs(picture[:, int(box / 2)].astype(int) - 128) <= 1).all(axis=1)
+    starts, ends = (np.nonzero(np.diff(is_gray.astype(int)) == step)[0] for step in (1, -1))
+    assert len(starts) == len(ends) == 2  # an image in each of the two rows
+    # A box is narrower than a fifth of the picture by the gap between boxes.
+    assert (ends - starts) / box == pytest.approx([h / w for h, w in sizes], rel=0.03)
+    black = NUM_CLASSES
+    for top, bottom, labels in zip(
+        starts, ends, [(0, 8, 10, 13), (18, black, black, 2)], strict=True
+    ):
+        for column, label in enumerate(labels, start=1):
+            left = round(column * box)
+            inside = picture[top + 10 : bottom - 10, left + 10 : left + int(box) - 10]
+            assert (inside == PALETTE[label]).all()
+
+
+def test_panel_fills_its_box_whatever_the_resolution_of_the_pseudo_labels(tmp_path: Path) -> None:
+    odd = panel(50, 100, pseudo=11)._replace(pseudo=torch.full((9, 11), 11))
+    report.save_panels(tmp_path / "panels.png", [odd])
+    picture = pixels(tmp_path / "panels.png")
+    box = picture.shape[1] // 5
+    found = (picture[:, -box:] == PALETTE[11]).all(axis=2)
+    middle = found[:, box // 2]
+    assert found[np.argmax(middle) + 5].mean() > 0.97
+    assert middle.sum() / box == pytest.approx(0.5, rel=0.05)
+
+
+def test_legend_names_the_classes_that_occur_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: names.extend(legend_of(figure)))
+    report.save_panels(tmp_path / "panels.png", [panel(8, 8, truth=0), panel(8, 8, pseudo=11)])
+    assert names == ["road", "person", "ignored"]
+
+
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_curves_put_the_phases_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    report.save_curves(tmp_path / "curves.png", write_metrics(tmp_path, *LINES))
+    losses, mious = figures[0].axes
+    lines = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in losses.lines]
+    (raw,) = [x for x, y in lines[::2] if len(x) == 20 and (y == 2).all()]
+    assert raw.tolist() == list(range(21, 41))  # "pseudo" begins where the warm-up ends
+    assert mious.texts[0].get_text() == "30.0"
+    legend = mious.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["source only: 20.0"]
+
+
+def test_running_mean_is_centered_and_shrinks_at_the_ends() -> None:
+    ramp = np.arange(20.0)
+    smooth = report._running_mean(ramp)
+    assert smooth[4:-4].tolist() == ramp[4:-4].tolist()
+    assert smooth[[0, -1]].tolist() == [2.0, 17.0]
+    assert report._running_mean(ramp[:1]).tolist() == [0.0]
+
+
+def test_anchor_distances_show_the_seen_classes_and_a_blank_diagonal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    report.save_anchor_distances(tmp_path / "anchors.png", anchors([0, 4, 18]))
+    axes = figures[0].axes[0]
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [text.get_text() for text in ticks] == ["road", "fence", "bicycle"]
+    # Rows (0, 1, 2, 3), (4, 5, 6, 7), ...: neighbors are 4 · √4 apart.
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {
+        (1, 0): "8.0", (2, 0): "16.0", (0, 1): "8.0", (2, 1): "8.0", (0, 2): "16.0", (1, 2): "8.0",
+    }  # fmt: skip
+
+
+def test_one_seen_anchor_still_makes_a_picture(tmp_path: Path) -> None:
+    report.save_anchor_distances(tmp_path / "anchors.png", anchors([7]))
+    pixels(tmp_path / "anchors.png")
+
+
+def test_label_quality_draws_a_bar_where_defined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    assert report.save_label_quality(tmp_path / "quality.png", write_metrics(tmp_path, *LINES))
+    (axes,) = figures[0].axes
+    assert axes.get_title() == "stage 1: anchor"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["road", "wall"]
+    widths = [bar.get_width() for container in axes.containers for bar in container]
+    assert widths == [75.0, 50.0, 25.0]
+    assert [text.get_text() for text in axes.texts] == ["n/a"]
+
+
+def test_without_pseudo_labels_there_is_no_quality_to_draw(tmp_path: Path) -> None:
+    lines = [line for line in LINES if line["kind"] != "pseudo-labels"]
+    assert not report.save_label_quality(tmp_path / "q.png", write_metrics(tmp_path, *lines))
+    assert not (tmp_path / "q.png").exists()
+
+
+@pytest.mark.parametrize("save", [report.save_curves, report.save_label_quality])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"kind": "losses", "pha',
+        "[1, 2]",
+        "null",
+        "",
+        '{"kind": "loses", "phase": "warm-up"}',
+        '{"kind": "losses", "phase": "warm-up", "iteration": 3}',
+        '{"kind": "losses", "phase": "warm-up", "iteration": 3, "terms": {"source": "low"}}',
+        '{"kind": "evaluation", "phase": "warm-up", "miou": [1]}',
+    ],
+)
+def test_malformed_line_is_named_and_nothing_written(
+    save: Callable[[Path, Path], object], bad: str, tmp_path: Path
+) -> None:
+    metrics = write_metrics(tmp_path, *LINES[:2])
+    metrics.write_text(metrics.read_text("utf-8") + bad + "\n", "utf-8")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3: ") as raised:
+        save(tmp_path / "picture.png", metrics)
+    assert str(metrics) in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

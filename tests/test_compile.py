@@ -1,0 +1,185 @@
+"""Everything traces whole, gives the eager answer, and its operators keep torch's rules."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import anchorda
+from anchorda import _ops
+from tests.oracles import draw
+
+NUM_CLASSES = 4
+
+_margins = anchorda.AnchorPseudoLabeler(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+_relative_margins = anchorda.AnchorPseudoLabeler(0.2, relative=True)
+_probabilities = anchorda.ProbabilityPseudoLabeler(0.5)
+
+
+def _update_anchors(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
+    del logits
+    accumulator = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
+    accumulator.update(features, labels)
+    other = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
+    other.update_sums(anchors, torch.tensor([1, 0, 2, 3]))
+    accumulator.merge(other)
+    return accumulator.compute()
+
+
+def _evaluate(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> list[Tensor]:
+    del features, anchors
+    confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
+    quality = anchorda.PseudoLabelQuality(NUM_CLASSES)
+    predictions = logits.argmax(dim=1)
+    confusion.update(predictions, labels)
+    quality.update(predictions, labels)
+    ratios = [quality.coverage(), quality.precision(), quality.recall()]
+    return [confusion.iou(), confusion.mean_iou(), confusion.accuracy(), *ratios]
+
+
+def _combine(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
+    first, second = _margins(features, anchors).labels, _probabilities(logits).labels
+    agreed = anchorda.combine_pseudo_labels(first, second)
+    return anchorda.combine_pseudo_labels(agreed, labels, "union")
+
+
+Case = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
+CASES: dict[str, Case] = {
+    "class_sums": lambda x, y, z, a: anchorda.class_sums(x, y, NUM_CLASSES),
+    "image_centroids": lambda x, y, z, a: anchorda.image_centroids(x, y, NUM_CLASSES),
+    "keep_correct": lambda x, y, z, a: anchorda.keep_correct(y, z),
+    "resize_nearest": lambda x, y, z, a: anchorda.resize_labels(y, (3, 2)),
+    "resize_majority": lambda x, y, z, a: anchorda.resize_labels(y, (3, 2), mode="majority"),
+    "anchor_distances": lambda x, y, z, a: anchorda.anchor_distances(x, a),
+    "relative": lambda x, y, z, a: _relative_margins(x, a),
+    "margins": lambda x, y, z, a: _margins(x, a),
+    "probabilities": lambda x, y, z, a: _probabilities(z),
+    "combine": _combine,
+    "CategoryAnchors": _update_anchors,
+    "evaluation": _evaluate,
+    "euclidean": lambda x, y, z, a: anchorda.AnchorDistanceLoss()(x, y, a),
+    "squared": lambda x, y, z, a: anchorda.AnchorDistanceLoss("squared")(x, y, a),
+    "smooth_l1": lambda x, y, z, a: anchorda.AnchorDistanceLoss("smooth_l1", average="class")(
+        x, y, a
+    ),
+    "contrastive": lambda x, y, z, a: anchorda.AnchorContrastiveLoss()(x, y, a),
+    "discriminative": lambda x, y, z, a: anchorda.DiscriminativeLoss(label_smoothing=0.1)(z, y),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def arguments(height: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    problem = draw((2, height, 4), num_classes=NUM_CLASSES, dtype=dtype)
+    problem.anchors[3] = torch.nan
+    problem.features.requires_grad_()
+    problem.logits.requires_grad_()
+    return list(problem)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def assert_same_as_eager(compiled: Case, case: Case, inputs: list[Tensor]) -> None:
+    """Results, and the gradients of those that have one, of two equal calls."""
+    answers = []
+    for function in (case, compiled):
+        leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+        results = tensors(function(*leaves))
+        loss = sum(r.nan_to_num(0.0, 0.0, 0.0).sum() for r in results if r.requires_grad)
+        if isinstance(loss, Tensor):
+            loss.backward()  # type: ignore[no-untyped-call]
+        answers.append([r.detach() for r in results] + [t.grad for t in leaves])
+    torch.testing.assert_close(answers[1], answers[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traces_whole_and_equals_eager(name: str) -> None:
+    compiled = torch.compile(CASES[name], fullgraph=True, backend="aot_eager")
+    assert_same_as_eager(compiled, CASES[name], arguments())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traces_once_for_all_sizes(name: str) -> None:
+    compiled = torch.compile(CASES[name], fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_same_as_eager(compiled, CASES[name], arguments(5))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for height in (6, 9):
+            assert_same_as_eager(compiled, CASES[name], arguments(height))
+
+
+def test_module_state_survives_compilation() -> None:
+    features, labels, _, anchors = (t.detach() for t in arguments())
+    eager = anchorda.CategoryAnchors(NUM_CLASSES, 3, max_count=10)
+    compiled = anchorda.CategoryAnchors(NUM_CLASSES, 3, max_count=10)
+    update = torch.compile(compiled.update, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        eager.update(features, labels)
+        update(features, labels)
+    assert torch.equal(compiled.counts, eager.counts)
+    torch.testing.assert_close(compiled.means, eager.means, rtol=0, atol=1e-15)
+    labeler = anchorda.AnchorPseudoLabeler(0.2)
+    expected = labeler(features, anchors)
+    labeler.compile(fullgraph=True, backend="aot_eager")
+    assert torch.equal(labeler(features, anchors).labels, expected.labels)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for inductor"
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # of torch's own code
+def test_training_step_under_inductor() -> None:
+    def step(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
+        pseudo = _margins(features, anchors).labels
+        pull = anchorda.AnchorDistanceLoss()(features, pseudo, anchors)
+        return pull + anchorda.DiscriminativeLoss()(logits, labels)
+
+    compiled = torch.compile(step, fullgraph=True, backend="inductor")
+    assert_same_as_eager(compiled, step, arguments())
+
+
+OPERATORS: list[tuple[str, Callable[[list[Tensor]], tuple[Any, ...]]]] = [
+    ("class_sums", lambda p: (p[0].detach(), p[1], NUM_CLASSES)),
+    ("image_sums", lambda p: (p[0], p[1], NUM_CLASSES)),
+    ("image_sums_backward", lambda p: (torch.randn(2, NUM_CLASSES, 3), p[0].detach(), p[1])),
+    ("anchor_distances", lambda p: (p[0], p[3])),
+    (
+        "anchor_distances_backward",
+        lambda p: (p[2].detach(), p[2].detach().abs().float(), p[0].detach(), p[3]),
+    ),
+    ("nearest_anchors", lambda p: (p[0].detach(), p[3])),
+    ("pixel_losses", lambda p: (p[0], p[1].clamp(-1, 3), p[3], "euclidean")),
+    (
+        "pixel_losses_backward",
+        lambda p: (torch.randn(2, 5, 4), p[0].detach(), p[1].clamp(-1, 3), p[3], "smooth_l1"),
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("name", "select"), OPERATORS, ids=[name for name, _ in OPERATORS])
+def test_operators_keep_the_rules(
+    name: str, select: Callable[[list[Tensor]], tuple[Any, ...]], dtype: torch.dtype
+) -> None:
+    problem = arguments(dtype=dtype)
+    # All classes seen: the check compares gradients of all results, and takes NaN for different.
+    inputs = select([*problem[:3], problem[3].nan_to_num(1.0)])
+    torch.library.opcheck(getattr(_ops, name), inputs)
+
+
+def test_results_on_the_meta_device_have_the_shapes_and_dtypes_of_real_ones() -> None:
+    inputs = [t.detach() for t in arguments()]
+    for name, case in CASES.items():
+        if name in ("CategoryAnchors", "evaluation", "combine"):
+            continue  # Their state is made on the CPU.
+        real, fake = tensors(case(*inputs)), tensors(case(*(t.to("meta") for t in inputs)))
+        assert [(r.shape, r.dtype) for r in real] == [(f.shape, f.dtype) for f in fake], name
+        assert all(f.is_meta for f in fake), name
