@@ -7,18 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from oracles import draw, flat, rows
 from torch import Tensor, nn
 
 import anchorda
 from anchorda import AnchorPseudoLabeler, CategoryAnchors, ProbabilityPseudoLabeler
-from tests import oracles
-from tests.oracles import draw, flat, rows
 
+Options = dict[str, Any]
 # Measured: 1e-16 for means of size 1, whatever the order and the split of the stream.
 TOLERANCE = 1e-13
-OPTIONS: list[dict[str, Any]] = [
+OPTIONS: list[Options] = [
     {},
     {"max_count": 1},
     {"max_count": 30},
@@ -38,8 +39,8 @@ def stream(batches: int = 6, dtype: torch.dtype = torch.float32) -> list[Batch]:
     ]
 
 
-def accumulated(batches: list[Batch], **options: Any) -> CategoryAnchors:
-    anchors = CategoryAnchors(5, 3, **options)
+def accumulated(batches: list[Batch], options: Options | None = None) -> CategoryAnchors:
+    anchors = CategoryAnchors(5, 3, **(options or {}))
     for features, labels in batches:
         anchors.update(features, labels)
     return anchors
@@ -52,10 +53,10 @@ def assert_same(first: CategoryAnchors, second: CategoryAnchors, tolerance: floa
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_stream(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_stream(options: Options, dtype: torch.dtype) -> None:
     batches = stream(dtype=dtype)
     before = [(features.clone(), labels.clone()) for features, labels in batches]
-    anchors = accumulated(batches, **options)
+    anchors = accumulated(batches, options)
     expected, counts = oracles.stream_anchors(
         ((rows(features), flat(labels)) for features, labels in batches), 5, 3, **options
     )
@@ -109,9 +110,9 @@ def test_merge_is_one_stream() -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_count": 30}, {"momentum": 0.1}])
-def test_merge_of_forgetful_ones_weighs_by_their_counts(options: dict[str, Any]) -> None:
+def test_merge_of_forgetful_ones_weighs_by_their_counts(options: Options) -> None:
     batches = stream()
-    first, second = accumulated(batches[:3], **options), accumulated(batches[3:], **options)
+    first, second = accumulated(batches[:3], options), accumulated(batches[3:], options)
     seen = (first.seen | second.seen)[:, None]
     weights = first.counts[:, None].double(), second.counts[:, None].double()
     expected = (weights[0] * first.means + weights[1] * second.means) / (weights[0] + weights[1])

@@ -1,16 +1,16 @@
 """Everything traces whole, gives the eager answer, and its operators keep torch's rules."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from oracles import draw
 from torch import Tensor
 
 import anchorda
 from anchorda import _ops
-from tests.oracles import draw
 
 NUM_CLASSES = 4
 
@@ -84,20 +84,20 @@ def arguments(height: int = 5, dtype: torch.dtype = torch.float32) -> list[Tenso
     return list(problem)
 
 
-def tensors(result: Any) -> list[Tensor]:
+def tensors(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def assert_same_as_eager(compiled: Case, case: Case, inputs: list[Tensor]) -> None:
     """Results, and the gradients of those that have one, of two equal calls."""
-    answers = []
+    answers: list[list[Tensor | None]] = []
     for function in (case, compiled):
         leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
         results = tensors(function(*leaves))
         loss = sum(r.nan_to_num(0.0, 0.0, 0.0).sum() for r in results if r.requires_grad)
         if isinstance(loss, Tensor):
-            loss.backward()  # type: ignore[no-untyped-call]
-        answers.append([r.detach() for r in results] + [t.grad for t in leaves])
+            loss.backward()
+        answers.append([*(r.detach() for r in results), *(t.grad for t in leaves)])
     torch.testing.assert_close(answers[1], answers[0], equal_nan=True)
 
 
@@ -112,7 +112,7 @@ def test_traces_once_for_all_sizes(name: str) -> None:
     compiled = torch.compile(CASES[name], fullgraph=True, backend="aot_eager", dynamic=True)
     assert_same_as_eager(compiled, CASES[name], arguments(5))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for height in (6, 9):
+        for height in (7, 8):
             assert_same_as_eager(compiled, CASES[name], arguments(height))
 
 
@@ -139,8 +139,8 @@ def test_module_state_survives_compilation() -> None:
 def test_training_step_under_inductor() -> None:
     def step(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
         pseudo = _margins(features, anchors).labels
-        pull = anchorda.AnchorDistanceLoss()(features, pseudo, anchors)
-        return pull + anchorda.DiscriminativeLoss()(logits, labels)
+        pull = anchorda.anchor_distance_loss(features, pseudo, anchors)
+        return pull + anchorda.discriminative_loss(logits, labels)
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor")
     assert_same_as_eager(compiled, step, arguments())
@@ -178,7 +178,7 @@ def test_operators_keep_the_rules(
 def test_results_on_the_meta_device_have_the_shapes_and_dtypes_of_real_ones() -> None:
     inputs = [t.detach() for t in arguments()]
     for name, case in CASES.items():
-        if name in ("CategoryAnchors", "evaluation", "combine"):
+        if name in ("CategoryAnchors", "evaluation", "margins", "combine"):
             continue  # Their state is made on the CPU.
         real, fake = tensors(case(*inputs)), tensors(case(*(t.to("meta") for t in inputs)))
         assert [(r.shape, r.dtype) for r in real] == [(f.shape, f.dtype) for f in fake], name

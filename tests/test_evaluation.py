@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from oracles import INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out
 from torch import Tensor
 
 from anchorda import ConfusionMatrix, PseudoLabelQuality
-from tests import oracles
-from tests.oracles import INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out
 
 CLASSES = [ConfusionMatrix, PseudoLabelQuality]
 
@@ -21,7 +21,9 @@ def assert_ratio(actual: Tensor, part: float, whole: float) -> None:
     np.testing.assert_equal(actual.item(), part / whole if whole else math.nan)
 
 
-def assert_results(counts: Any, confusion: ConfusionMatrix, quality: PseudoLabelQuality) -> None:
+def assert_results(
+    counts: oracles.Labels, confusion: ConfusionMatrix, quality: PseudoLabelQuality
+) -> None:
     """Every ratio, class by class, from the counts of the oracle."""
     num_classes = len(counts)
     ious = []
@@ -108,7 +110,7 @@ def test_merge_reset_and_state(kind: type[Any]) -> None:
     assert torch.equal(restored.counts, whole.counts)
     whole.reset()
     assert not whole.counts.any()
-    with pytest.raises(ValueError, match="Expected `other` with 4 classes, but got 3."):
+    with pytest.raises(ValueError, match="Expected `other` with 4 classes, but got 3"):
         whole.merge(kind(3))
 
 

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 from torch import Tensor
 
 import anchorda
 from anchorda.losses import Average, Distance
-from tests import oracles
-from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 
 # Measured: 1.7e-7 relative, a few roundings to float32.
 RELATIVE_TOLERANCE = 2e-6
@@ -182,7 +182,7 @@ def test_nothing_active_is_a_zero_that_is_connected(
         label = 3
     value = loss(features, torch.full(tuple(shape), label), anchors)
     assert value.item() == 0
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     assert features.grad is not None
     assert features.grad.shape == features.shape
     assert not features.grad.any()
@@ -263,7 +263,7 @@ def test_anchors_receive_no_gradient(loss: Loss) -> None:
     features, labels, _, anchors = draw((2, 3))
     features.requires_grad_()
     anchors.requires_grad_()
-    loss(features, labels, anchors).backward()  # type: ignore[no-untyped-call]
+    loss(features, labels, anchors).backward()
     assert features.grad is not None
     assert anchors.grad is None
 
@@ -273,7 +273,7 @@ def test_differentiable_once() -> None:
     loss = anchorda.anchor_distance_loss(features, torch.tensor([0, 1]), torch.zeros(2, 3))
     (grad,) = torch.autograd.grad(loss, features, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()  # type: ignore[no-untyped-call]
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from oracles import FLOATS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 from torch import Tensor
 
 import anchorda
 from anchorda import AnchorPseudoLabeler, ProbabilityPseudoLabeler
 from anchorda._ops import reference
-from tests import oracles
-from tests.oracles import FLOATS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 
 # Measured: 5e-7, one rounding to float32 of distances up to 8, and two in a margin.
 TOLERANCE = 2e-6
@@ -96,7 +97,6 @@ def test_unseen_class_never_wins_and_is_never_runner_up(unseen: list[int], marke
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_pixel_that_is_not_finite_is_ignored_whatever_its_neighbors(value: float) -> None:
     features, _, _, anchors = draw((2, 3, 4))
-    clean = AnchorPseudoLabeler(0.5)(features, anchors)
     features[1, 2, 1, 1] = value
     anchors[3] = NAN
     assert_distances(features, anchors)
@@ -109,6 +109,16 @@ def test_pixel_that_is_not_finite_is_ignored_whatever_its_neighbors(value: float
     others[1, 1, 1] = False
     assert torch.equal(labels[others], clean.labels[others])
     assert torch.equal(scores[others], clean.scores[others])
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_operator_where_nothing_can_win(value: float) -> None:
+    features, _, _, anchors = draw((2, 3))
+    features[0, 1, 2] = value
+    classes, nearest, second = reference.nearest_anchors(features, anchors)
+    assert (classes[0, 2], nearest[0, 2], second[0, 2]) == (-1, INF, INF)
+    assert ((classes >= 0).sum(), nearest.isfinite().sum(), second.isfinite().sum()) == (5, 5, 5)
 
 
 def test_margin_must_exceed_the_minimum_strictly() -> None:
@@ -201,7 +211,7 @@ def test_nothing_is_differentiable_in_the_anchors_or_through_a_labeler() -> None
     features, _, logits, anchors = draw((2, 3))
     for tensor in (features, logits, anchors):
         tensor.requires_grad_()
-    anchorda.anchor_distances(features, anchors).sum().backward()  # type: ignore[no-untyped-call]
+    anchorda.anchor_distances(features, anchors).sum().backward()
     assert anchors.grad is None
     assert not AnchorPseudoLabeler()(features, anchors).scores.requires_grad
     assert not ProbabilityPseudoLabeler()(logits).scores.requires_grad
@@ -278,14 +288,13 @@ def test_combine_pseudo_labels(ignore_index: int) -> None:
     first = torch.tensor([[0, 1, 2, 9, 9, 9]])
     second = torch.tensor([[0, 2, 9, 1, 9, 0]])
     first[first == 9], second[second == 9] = ignore_index, ignore_index
-    options = {"ignore_index": ignore_index}
-    agree = anchorda.combine_pseudo_labels(first, second.to(torch.int16), "agree", **options)
-    union = anchorda.combine_pseudo_labels(first, second.to(torch.int16), "union", **options)
+    combine = partial(anchorda.combine_pseudo_labels, first, ignore_index=ignore_index)
+    agree, union = combine(second.to(torch.int16)), combine(second.to(torch.int16), "union")
     assert agree.dtype == union.dtype == torch.int64
     i = ignore_index
     assert agree.tolist() == [[0, i, i, i, i, i]]
     assert union.tolist() == [[0, i, 2, 1, i, 0]]
-    assert torch.equal(anchorda.combine_pseudo_labels(first, second, **options), agree)
+    assert torch.equal(combine(second, "agree"), agree)
 
 
 def test_settings_are_shown() -> None:

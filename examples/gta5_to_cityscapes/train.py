@@ -105,8 +105,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add("--height", type=int, default=144, help="images are scaled to this height")
     add("--crop", type=int, nargs=2, default=(128, 192), help="height and width of crops")
     add("--batch", type=int, default=8, help="images a step; in stages half of each domain")
-    add("--learning-rate", type=float, default=0.05, help="at the start of the warm-up")
-    add("--stage-learning-rate", type=float, default=0.02, help="at the start of each stage")
+    add("--learning-rate", type=float, default=0.003, help="at the start of the warm-up")
+    add("--stage-learning-rate", type=float, default=0.001, help="at the start of each stage")
     add("--warmup-iterations", type=int, default=400, help="of the warm-up, and the baseline")
     add("--stages", type=int, default=3, help="how often the target is labeled anew")
     add("--stage-iterations", type=int, default=150, help="of each stage")
@@ -215,10 +215,8 @@ def optimize(terms: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict
 def make_optimizer(
     network: Segmenter, learning_rate: float, iterations: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """SGD whose learning rate falls as (1 − t/T)^0.9, the field's custom."""
-    optimizer = torch.optim.SGD(
-        network.parameters(), learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
+    """AdamW whose learning rate falls as (1 − t/T)^0.9, the field's custom."""
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)
     return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, iterations, power=0.9)
 
 
@@ -302,10 +300,10 @@ def choose_margin(
         labels.append(pseudo.labels.flatten().cpu())
         margins.append(pseudo.scores.flatten().cpu())
     of_class = [torch.cat(margins)[torch.cat(labels) == c] for c in range(NUM_CLASSES)]
-    return torch.tensor([_quantile(values, float(number)) for values in of_class])
+    return torch.tensor([quantile(values, float(number)) for values in of_class])
 
 
-def _quantile(values: Tensor, q: float) -> float:
+def quantile(values: Tensor, q: float) -> float:
     """The smallest value that a fraction q does not exceed; infinite if there are none."""
     if len(values) == 0:
         return float("inf")
@@ -424,10 +422,11 @@ def adapt(settings: Settings) -> Path:
     stage = None
     for number in range(1, settings.stages + 1):
         phase = f"stage {number}"
-        torch.manual_seed(1000 * settings.seed + number)  # the same however the warm-up came
         stage = begin_stage(network, data, settings)
         for labeler, quality in analyze_labels(stage, data, settings).items():
             records.pseudo_labels(phase, labeler, quality)
+        # The same draws however the warm-up came, and whether or not there was truth to look at.
+        torch.manual_seed(1000 * settings.seed + number)
         train_stage(network, stage, data, settings, records, phase)
         finish(phase, network, stage)
 

@@ -1,0 +1,46 @@
+# Every target sets itself up: the first call makes .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+EXAMPLE := $(BIN)/python examples/gta5_to_cityscapes/train.py
+SEED ?= 0
+
+.PHONY: help test lint types unit dist demo clean
+
+help:
+	@echo "make test   everything CI runs: lint, types, unit tests and doctests, distribution"
+	@echo "make demo   adapt a network on a small synthetic pair of data sets; SEED=0"
+	@echo "make clean  remove what the other targets made"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) --editable ".[examples,test]"
+	touch $@
+
+test: lint types unit dist
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+unit: $(VENV)/installed
+	$(BIN)/pytest
+
+# The wheel alone, in an empty environment, with nothing but the run-time dependencies.
+dist: $(VENV)/installed
+	rm -rf dist build/wheel-only
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/wheel-only
+	build/wheel-only/bin/python $(INSTALL) dist/*.whl
+	build/wheel-only/bin/python tests/readme_blocks.py README.md
+
+demo: $(VENV)/installed
+	$(EXAMPLE) --output runs/demo-seed$(SEED) --seed $(SEED) --baseline
+
+clean:
+	rm -rf $(VENV) dist build

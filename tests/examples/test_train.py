@@ -1,0 +1,149 @@
+"""The example runs whole, and its parts do what they say, on a tiny synthetic pair."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+from records import load_checkpoint
+from synthetic import write_synthetic_pair
+
+TRAIN = Path(train.__file__)
+TINY = (
+    "--height=32 --crop 32 48 --batch=4 --warmup-iterations=3 --stages=2 --stage-iterations=2 "
+    "--workers=0 --device=cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and a target of a few small images."""
+    root = tmp_path_factory.mktemp("pair")
+    return write_synthetic_pair(
+        root, seed=0, source_images=5, target_images=4, val_images=2, height=48
+    )
+
+
+def run(pair: tuple[Path, Path], output: Path, *flags: str) -> list[dict[str, object]]:
+    """Adapt in this process and return the lines of metrics.jsonl."""
+    output.mkdir()
+    source, target = (str(folder) for folder in pair)
+    arguments = ["--source", source, "--target", target, "--output", str(output), *TINY, *flags]
+    train.adapt(train.parse_settings(arguments))
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def network_of(output: Path, phase: str) -> dict[str, torch.Tensor]:
+    parts = load_checkpoint(output / "checkpoints" / f"{phase}.pt")
+    network: dict[str, torch.Tensor] = parts["network"]
+    return network
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    events = run(pair, tmp_path / "run", "--baseline")
+    evaluations = [e["phase"] for e in events if e["kind"] == "evaluation"]
+    assert evaluations == ["source only", "warm-up", "stage 1", "stage 2"]
+    losses = [(e["phase"], e["iteration"]) for e in events if e["kind"] == "losses"]
+    assert losses == [
+        *(("source only", i) for i in (1, 2, 3)),
+        *(("warm-up", i) for i in (1, 2, 3)),
+        *((f"stage {k}", i) for k in (1, 2) for i in (1, 2)),
+    ]
+    labelers = [(e["phase"], e["labeler"]) for e in events if e["kind"] == "pseudo-labels"]
+    assert labelers == [
+        (f"stage {k}", labeler) for k in (1, 2) for labeler in ("anchor", "probability")
+    ]
+    left = {path.relative_to(tmp_path / "run").as_posix() for path in tmp_path.rglob("*.*")}
+    assert left >= {
+        "metrics.jsonl",
+        "checkpoints/source-only.pt",
+        "checkpoints/warm-up.pt",
+        "checkpoints/stage-1.pt",
+        "checkpoints/stage-2.pt",
+        "report/iou.txt",
+        "report/panels.png",
+        "report/curves.png",
+        "report/anchor_distances.png",
+        "report/label_quality.png",
+    }
+    assert not any(name.endswith(".tmp") for name in left)
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("labels", ["anchor", "probability"])
+def test_one_kind_of_labels(labels: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    events = run(pair, tmp_path / "run", "--labels", labels, "--margin", "0.5")
+    assert {e["labeler"] for e in events if e["kind"] == "pseudo-labels"} == {labels}
+
+
+def test_target_training_labels_do_not_reach_training(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, target = pair
+    bare = tmp_path / "bare"
+    shutil.copytree(target, bare)
+    shutil.rmtree(bare / "gtFine" / "train")
+    run(pair, tmp_path / "with")
+    events = run((source, bare), tmp_path / "without")
+    assert not any(e["kind"] == "pseudo-labels" for e in events)
+    assert same(
+        network_of(tmp_path / "with", "stage-2"), network_of(tmp_path / "without", "stage-2")
+    )
+
+
+def test_same_seed_same_bits_also_from_a_warm_up_checkpoint(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run(pair, tmp_path / "whole", "--baseline", "--seed=3")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "warm-up.pt"
+    run(pair, tmp_path / "rest", "--seed=3", "--warmup-checkpoint", str(checkpoint))
+    whole = network_of(tmp_path / "whole", "stage-2")
+    assert same(whole, network_of(tmp_path / "rest", "stage-2"))
+    run(pair, tmp_path / "other", "--seed=4")
+    assert not same(whole, network_of(tmp_path / "other", "stage-2"))
+
+
+def test_source_and_target_belong_together(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_settings(["--source", "x", "--output", "y"])
+    assert "give both, or neither" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("margin", ["high", "quantile:", "quantile:1.5", "coverage:0.5"])
+def test_a_wrong_margin_is_named(margin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_settings(["--margin", margin, "--output", "y"])
+    assert "--margin" in capsys.readouterr().err
+
+
+def test_quantile_is_numpys_inverted_cdf() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 10, 101):
+        values = rng.normal(size=count)
+        for q in (0.0, 0.25, 0.5, 0.99, 1.0):
+            expected = np.quantile(values, q, method="inverted_cdf")
+            assert train.quantile(torch.tensor(values), q) == expected
+    assert train.quantile(torch.tensor([]), 0.5) == float("inf")
+
+
+def test_what_is_missing_is_said_before_training(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pair[0], broken)
+    (broken / "labels" / "00002.png").unlink()
+    command = [sys.executable, str(TRAIN), "--source", str(broken), "--target", str(pair[1])]
+    finished = subprocess.run(
+        [*command, "--output", str(tmp_path / "out"), *TINY], capture_output=True, text=True
+    )
+    assert finished.returncode == 1
+    assert "00002.png has no label" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert "warm-up" not in finished.stderr
