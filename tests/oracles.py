@@ -223,8 +223,8 @@ def pixel_distance(feature: Array, anchor: Array, kind: str) -> float:
     if kind == "euclidean":
         return distance(feature, anchor)
     if kind == "squared":
-        return math.fsum(offset * offset for offset in feature - anchor)
-    sizes = [abs(value - center) for value, center in zip(feature, anchor, strict=True)]
+        return distance(feature, anchor) ** 2
+    sizes = [abs(float(value - center)) for value, center in zip(feature, anchor, strict=True)]
     return sum(0.5 * s**2 if s < 1 else s - 0.5 for s in sizes) / len(sizes)
 
 

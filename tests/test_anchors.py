@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 from torch import Tensor
 
 import anchorda
+from tests import oracles
+from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 
 # Inputs hold at most 24 bits, and products with 0 and 1 are exact: only float64 sums are rounded.
 # Measured: 1e-15 for class sums; 6e-8, one rounding to float32, for image centroids.

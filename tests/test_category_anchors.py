@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from oracles import draw, flat, rows
 from torch import Tensor, nn
 
 import anchorda
 from anchorda import AnchorPseudoLabeler, CategoryAnchors, ProbabilityPseudoLabeler
+from tests import oracles
+from tests.oracles import draw, flat, rows
 
 Options = dict[str, Any]
 # Measured: 1e-16 for means of size 1, whatever the order and the split of the stream.

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import draw
 from torch import Tensor
 
 import anchorda
 from anchorda import _ops
+from tests.oracles import draw
 
 NUM_CLASSES = 4
 

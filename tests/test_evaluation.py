@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from oracles import INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out
 from torch import Tensor
 
 from anchorda import ConfusionMatrix, PseudoLabelQuality
+from tests import oracles
+from tests.oracles import INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out
 
 CLASSES = [ConfusionMatrix, PseudoLabelQuality]
 

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 from torch import Tensor
 
 import anchorda
 from anchorda.losses import Average, Distance
+from tests import oracles
+from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 
 # Measured: 1.7e-7 relative, a few roundings to float32.
 RELATIVE_TOLERANCE = 2e-6

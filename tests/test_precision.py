@@ -1,15 +1,15 @@
 """Margins near the anchors, at the scale of the released ones: norms 6.8 to 12.4, D = 256."""
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from oracles import rows
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import anchorda
 from anchorda._ops import reference
+from tests import oracles
+from tests.oracles import rows
 
 # Measured: 5e-7 for distances and margins exactly at an anchor, where the error is the root of a
 # float64 rounding of ‖x‖² ≈ 100; elsewhere 2.4e-7 and 5e-7, one and two roundings to float32.

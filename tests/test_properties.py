@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Problem, draw
 from torch import Tensor
 
 import anchorda
+from tests.oracles import Problem, draw
 
 # Measured: 1e-6 for distances of up to 10 among features moved by up to 8; margins twice that.
 TOLERANCE = 1e-5

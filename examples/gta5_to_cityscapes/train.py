@@ -297,10 +297,10 @@ def choose_margin(
     for images in one_by_one(data.target_whole, settings, "margins"):
         features, _ = segment(frozen, images.to(settings.device), settings)
         pseudo = label_all(features, centroids)
-        labels.append(pseudo.labels.flatten().cpu())
+        labels.append(pseudo.labels.flatten().to("cpu", torch.uint8))
         margins.append(pseudo.scores.flatten().cpu())
-    of_class = [torch.cat(margins)[torch.cat(labels) == c] for c in range(NUM_CLASSES)]
-    return torch.tensor([quantile(values, float(number)) for values in of_class])
+    nearest, scores = torch.cat(labels), torch.cat(margins)
+    return torch.tensor([quantile(scores[nearest == c], float(number)) for c in range(NUM_CLASSES)])
 
 
 def quantile(values: Tensor, q: float) -> float:
