@@ -435,7 +435,6 @@ def test_rejection(call: Callable[[], Any], error: type[Exception], message: str
     assert_rejected(call, error, message)
 
 
-@pytest.mark.xfail(reason="the message names `features`")
 def test_device_of_minimum_probability_is_that_of_the_logits() -> None:
     assert_rejected(
         lambda: ProbabilityPseudoLabeler(torch.zeros(3))(FEATURES.to("meta")),
@@ -456,7 +455,6 @@ def test_device_of_minimum_probability_is_that_of_the_logits() -> None:
     ],
     ids=["min_margin", "ignore_index", "weight", "size", "size_entries"],
 )
-@pytest.mark.xfail(reason="these types are not looked at")
 def test_wrong_types_are_rejected_at_the_boundary(call: Callable[[], Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^Expected `"):
         call()

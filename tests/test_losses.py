@@ -314,10 +314,7 @@ def test_other_modules_are_their_functions() -> None:
     assert repr(discriminative) == "DiscriminativeLoss(label_smoothing=0.1)"
 
 
-@pytest.mark.xfail(reason="−∞/∞ of an unseen class is NaN")
-def test_contrastive_loss_at_infinite_temperature_is_that_of_chance() -> None:
-    anchors = torch.tensor([[0.0], [1.0], [NAN]])
-    loss = anchorda.anchor_contrastive_loss(
-        torch.zeros(1, 1), torch.tensor([0]), anchors, temperature=INF
-    )
-    torch.testing.assert_close(loss, torch.tensor(math.log(2)))
+@pytest.mark.parametrize("temperature", [0.0, -1.0, INF, NAN])
+def test_contrastive_loss_rejects_a_temperature_that_is_none(temperature: float) -> None:
+    with pytest.raises(ValueError, match="Expected `temperature`"):
+        anchorda.AnchorContrastiveLoss(temperature)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from tests.readme_blocks import python_blocks, run_blocks
 
 README = Path(__file__).parents[1] / "README.md"

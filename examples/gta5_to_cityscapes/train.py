@@ -97,7 +97,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add(
         "--margin",
         type=_margin,
-        default="quantile:0.5",
+        default="quantile:0.8",
         help="minimum margin of anchor labels: a number, or quantile:Q of each class's margins",
     )
     add("--probability", type=float, default=0.95, help="minimum of probability labels")

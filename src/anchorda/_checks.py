@@ -4,13 +4,21 @@ Only types, shapes, dtypes, devices and plain Python numbers are looked at, neve
 tensor: looking at those would make the host wait for the GPU.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
+def check_tensor(value: object, name: str) -> None:
+    """Reject what is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected `{name}` to be a torch.Tensor, but got {type(value).__name__}.")
+
+
 def check_features(features: Tensor, name: str = "features") -> None:
     """Reject what is not a floating-point tensor (N, D, *)."""
-    _check_tensor(features, name)
+    check_tensor(features, name)
     if features.ndim < 2:
         raise ValueError(
             f"Expected `{name}` of shape (N, D, *), batch and channels first, "
@@ -19,19 +27,19 @@ def check_features(features: Tensor, name: str = "features") -> None:
     _check_floating(features, name)
 
 
-def check_logits(logits: Tensor, num_classes: int | None = None) -> None:
+def check_logits(logits: Tensor) -> None:
     """Reject what is not a floating-point tensor (N, C, *), C ≥ 1."""
     check_features(logits, "logits")
-    if logits.shape[1] < 1 or (num_classes is not None and logits.shape[1] != num_classes):
-        expected = "at least one class" if num_classes is None else f"{num_classes} classes"
+    if logits.shape[1] < 1:
         raise ValueError(
-            f"Expected `logits` of shape (N, C, *) with {expected}, but got {tuple(logits.shape)}."
+            "Expected `logits` of shape (N, C, *) with at least one class, "
+            f"but got {tuple(logits.shape)}."
         )
 
 
 def check_label_map(labels: Tensor, name: str = "labels") -> None:
     """Reject what is not a tensor (N, *) of an integer dtype."""
-    _check_tensor(labels, name)
+    check_tensor(labels, name)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
             f"Expected `{name}` of an integer dtype, but got {labels.dtype}. "
@@ -58,17 +66,18 @@ def check_same_labels(first: Tensor, second: Tensor, names: tuple[str, str]) -> 
     for labels, name in zip((first, second), names, strict=True):
         check_label_map(labels, name)
     if first.shape != second.shape:
+        mend = f" Resize them with anchorda.resize_labels({names[1]}, {names[0]}.shape[1:])."
+        resizable = first.ndim == second.ndim and first.shape[0] == second.shape[0]
         raise ValueError(
-            f"Expected `{names[1]}` of shape {tuple(first.shape)} to match `{names[0]}`, but got "
-            f"{tuple(second.shape)}. Resize them with "
-            f"anchorda.resize_labels({names[1]}, {names[0]}.shape[1:])."
+            f"Expected `{names[1]}` of shape {tuple(first.shape)} to match `{names[0]}`, "
+            f"but got {tuple(second.shape)}.{mend if resizable else ''}"
         )
     check_device(second, names[1], first, names[0])
 
 
 def check_anchors(anchors: Tensor, features: Tensor) -> None:
     """Reject anchors that are not a floating-point tensor (C, D) beside features (N, D, *)."""
-    _check_tensor(anchors, "anchors")
+    check_tensor(anchors, "anchors")
     _check_floating(anchors, "anchors")
     dim = features.shape[1]
     if anchors.ndim != 2 or anchors.shape[0] < 1 or anchors.shape[1] != dim:
@@ -79,7 +88,9 @@ def check_anchors(anchors: Tensor, features: Tensor) -> None:
     check_device(anchors, "anchors", features, "features")
 
 
-def check_per_class(values: Tensor, name: str, num_classes: int, like: Tensor) -> None:
+def check_per_class(
+    values: Tensor, name: str, like: Tensor, like_name: str, num_classes: int
+) -> None:
     """Reject per-class values (C,) of another length or device; one value for all is accepted."""
     if values.ndim == 0:
         return
@@ -88,12 +99,12 @@ def check_per_class(values: Tensor, name: str, num_classes: int, like: Tensor) -
             f"Expected `{name}` to be one number or of shape (C,) = ({num_classes},), "
             f"but got {tuple(values.shape)}."
         )
-    check_device(values, name, like, "features")
+    check_device(values, name, like, like_name)
 
 
 def check_sums(sums: Tensor, counts: Tensor, shape: tuple[int, int]) -> None:
     """Reject class sums that are not floating point (C, D) with integer counts (C,)."""
-    _check_tensor(sums, "sums")
+    check_tensor(sums, "sums")
     _check_floating(sums, "sums")
     check_label_map(counts, "counts")
     if tuple(sums.shape) != shape or tuple(counts.shape) != shape[:1]:
@@ -112,10 +123,15 @@ def check_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None
         )
 
 
-def check_count(value: int, name: str) -> None:
-    """Reject what is not an integer of at least 1."""
+def check_int(value: int, name: str) -> None:
+    """Reject what is not an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"Expected `{name}` to be an int, but got {value!r}.")
+
+
+def check_count(value: int, name: str) -> None:
+    """Reject what is not an integer of at least 1."""
+    check_int(value, name)
     if value < 1:
         raise ValueError(f"Expected `{name}` of at least 1, but got {value}.")
 
@@ -128,6 +144,20 @@ def check_range(value: float, name: str, low: float, high: float) -> None:
         raise ValueError(f"Expected `{name}` in [{low}, {high}], but got {value}.")
 
 
+def check_size(size: Sequence[int], labels: Tensor) -> None:
+    """Reject a spatial size that labels (N, *) cannot be resized to."""
+    spatial = tuple(labels.shape[1:])
+    expected = (
+        f"Expected `size` to hold {len(spatial)} integers of at least 1, one for each spatial "
+        f"dimension of `labels` of shape {tuple(labels.shape)}"
+    )
+    mend = "Pass the size of the features, features.shape[2:]."
+    if not isinstance(size, Sequence) or not all(isinstance(s, int) for s in size):
+        raise TypeError(f"{expected}, but got {size!r}. {mend}")
+    if len(size) != len(spatial) or any(s < 1 for s in (*size, *spatial)):
+        raise ValueError(f"{expected}, but got {tuple(size)}. {mend}")
+
+
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
     """Reject what is not one of the choices."""
     if value not in choices:
@@ -136,7 +166,8 @@ def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
 
 
 def check_ignore_index(ignore_index: int, num_classes: int) -> None:
-    """Reject an ignore index that is also the index of a class."""
+    """Reject an ignore index that is not an int, or is also the index of a class."""
+    check_int(ignore_index, "ignore_index")
     if 0 <= ignore_index < num_classes:
         raise ValueError(
             f"Expected `ignore_index` outside of the {num_classes} classes, but got "
@@ -145,18 +176,14 @@ def check_ignore_index(ignore_index: int, num_classes: int) -> None:
 
 
 def check_fits(ignore_index: int, labels: Tensor) -> None:
-    """Reject an ignore index that the dtype of the labels cannot hold."""
+    """Reject an ignore index that is not an int, or that the dtype of the labels cannot hold."""
+    check_int(ignore_index, "ignore_index")
     limits = torch.iinfo(labels.dtype)
     if not limits.min <= ignore_index <= limits.max:
         raise ValueError(
             f"Expected `ignore_index` in [{limits.min}, {limits.max}], the range of "
             f"{labels.dtype} labels, but got {ignore_index}. Convert them with labels.long()."
         )
-
-
-def _check_tensor(value: object, name: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"Expected `{name}` to be a torch.Tensor, but got {type(value).__name__}.")
 
 
 def _check_floating(value: Tensor, name: str) -> None:
@@ -169,7 +196,7 @@ def _check_floating(value: Tensor, name: str) -> None:
 
 def _dimensions(rank: int) -> str:
     """The names of the dimensions of a label map, as (N, H, W)."""
-    names = {1: "(N,)", 2: "(N, L)", 3: "(N, H, W)", 4: "(N, D, H, W)"}
+    names = {1: "(N,)", 2: "(N, L)", 3: "(N, H, W)", 4: "(N, T, H, W)"}
     return names.get(rank, "(N, *)")
 
 

@@ -20,6 +20,7 @@ from ._checks import (
     check_labels,
     check_logits,
     check_range,
+    check_size,
     check_sums,
 )
 from ._ops.reference import has_float64
@@ -201,15 +202,10 @@ def resize_labels(
     check_label_map(labels)
     check_choice(mode, "mode", ("nearest", "majority"))
     check_range(min_ratio, "min_ratio", 0.0, 1.0)
-    check_fits(ignore_index, labels)
-    spatial = tuple(labels.shape[1:])
-    if len(size) != len(spatial) or any(s < 1 for s in (*size, *spatial)):
-        raise ValueError(
-            f"Expected `size` to hold {len(spatial)} numbers of at least 1, one for each spatial "
-            f"dimension of `labels` of shape {tuple(labels.shape)}, but got {tuple(size)}. "
-            "Pass the size of the features, features.shape[2:]."
-        )
+    check_size(size, labels)
+    spatial = labels.shape[1:]
     if mode == "majority":
+        check_fits(ignore_index, labels)
         return _majority(labels, size, min_ratio, ignore_index)
     for dim, (old, new) in enumerate(zip(spatial, size, strict=True), start=1):
         nearest = torch.arange(new, device=labels.device) * old // new
@@ -358,7 +354,7 @@ class CategoryAnchors(nn.Module):
         one accumulator over both streams holds; moving averages and capped counts depend on an
         order that two streams do not have.
         """
-        if self.extra_repr() != other.extra_repr():
+        if self._settings() != other._settings():
             raise ValueError(
                 f"Expected `other` to be CategoryAnchors({self.extra_repr()}), "
                 f"but got CategoryAnchors({other.extra_repr()}). Merge equal settings only."
@@ -374,6 +370,9 @@ class CategoryAnchors(nn.Module):
     def compute(self) -> Tensor:
         """The anchors (C, D) in float32, NaN in the rows of unseen classes."""
         return torch.where(self.seen[:, None], self.means, torch.nan).float()
+
+    def _settings(self) -> tuple[int, int, int | None, float | None]:
+        return self.num_classes, self.feature_dim, self.max_count, self.momentum
 
     def _share(self, counts: Tensor) -> Tensor:
         """What part of all that will have been seen these counts are."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ._checks import check_count, check_device, check_same_labels
+from ._ops.reference import has_float64
 
 
 @final
@@ -160,4 +161,5 @@ def _merge_counts(counts: Tensor, other: Tensor) -> None:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return part.double() / whole
+    dtype = torch.float64 if has_float64(part.device) else torch.float32
+    return part.to(dtype) / whole

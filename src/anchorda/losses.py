@@ -4,11 +4,14 @@ Each is a function and a module that calls it. Anchors are passed in, never owne
 differentiated through. Where no pixel is active a loss is a zero that is connected to the graph.
 """
 
+import math
+from collections.abc import Callable
 from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from . import _ops
 from ._checks import (
@@ -19,7 +22,9 @@ from ._checks import (
     check_labels,
     check_logits,
     check_range,
+    check_tensor,
 )
+from ._state import move_buffers
 
 Distance = Literal["euclidean", "squared", "smooth_l1"]
 Average = Literal["pixel", "class"]
@@ -248,6 +253,10 @@ class DiscriminativeLoss(nn.Module):
             logits, labels, weight=self.weight, label_smoothing=self.label_smoothing
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        move_buffers(self, fn)
+        return self
+
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
         return f"label_smoothing={self.label_smoothing}"
@@ -333,6 +342,7 @@ def _cross_entropy_sum(
 
 
 def _check_weight(weight: Tensor, logits: Tensor) -> None:
+    check_tensor(weight, "weight")
     if tuple(weight.shape) != (logits.shape[1],):
         raise ValueError(
             f"Expected `weight` of shape (C,) = ({logits.shape[1]},) to match `logits`, "
@@ -342,6 +352,6 @@ def _check_weight(weight: Tensor, logits: Tensor) -> None:
 
 
 def _check_temperature(temperature: float) -> None:
-    check_range(temperature, "temperature", 0.0, float("inf"))
-    if temperature == 0:
-        raise ValueError("Expected `temperature` above 0, but got 0.")
+    check_range(temperature, "temperature", 0.0, math.inf)
+    if temperature in (0, math.inf):
+        raise ValueError(f"Expected `temperature` above 0 and finite, but got {temperature}.")

@@ -1,5 +1,6 @@
 """Pseudo-labels for target pixels, from distances to the anchors or from class probabilities."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, final
 
@@ -15,6 +16,7 @@ from ._checks import (
     check_ignore_index,
     check_logits,
     check_per_class,
+    check_range,
     check_same_labels,
 )
 from ._state import move_buffers
@@ -35,7 +37,7 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
 
     .. math:: d_{i,k} = \lVert x_i - a_k \rVert_2
 
-    Computed in float64 inside, so that a distance near 0 is as exact as a large one.
+    Computed in float64 inside, so that distances near 0 are exact as well.
     Differentiable in the features, with gradient 0 where x = a; never in the anchors.
 
     Args:
@@ -161,7 +163,7 @@ class AnchorPseudoLabeler(nn.Module):
         """Label the pixels of features (N, D, *) by anchors (C, D)."""
         check_features(features)
         check_anchors(anchors, features)
-        check_per_class(self.min_margin, "min_margin", anchors.shape[0], features)
+        check_per_class(self.min_margin, "min_margin", anchors, "anchors", anchors.shape[0])
         check_ignore_index(self.ignore_index, anchors.shape[0])
         classes, nearest, second = _ops.nearest_anchors(features.detach(), anchors.detach())
         if self.relative:
@@ -227,7 +229,7 @@ class ProbabilityPseudoLabeler(nn.Module):
     def forward(self, logits: Tensor) -> PseudoLabels:
         """Label the pixels of logits (N, C, *)."""
         check_logits(logits)
-        check_per_class(self.min_probability, "min_probability", logits.shape[1], logits)
+        check_per_class(self.min_probability, "min_probability", logits, "logits", logits.shape[1])
         check_ignore_index(self.ignore_index, logits.shape[1])
         probabilities = logits.detach().float().softmax(dim=1)
         scores, classes = probabilities.max(dim=1)
@@ -244,12 +246,14 @@ class ProbabilityPseudoLabeler(nn.Module):
 
 
 def _minimum(value: float | Tensor, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        check_range(value, name, -math.inf, math.inf)
     minimum = torch.as_tensor(value).detach().to(torch.float32, copy=True)
     if minimum.ndim > 1:
         raise ValueError(
             f"Expected `{name}` to be one number or of shape (C,), but got {tuple(minimum.shape)}."
         )
-    if bool(minimum.isnan().any()):
+    if not minimum.is_meta and bool(minimum.isnan().any()):
         raise ValueError(
             f"Expected `{name}` without NaN, but got {value}. "
             "Use float('inf') for a class that shall not be labeled."

@@ -14,10 +14,7 @@ from records import load_checkpoint
 from synthetic import write_synthetic_pair
 
 TRAIN = Path(train.__file__)
-TINY = (
-    "--height=32 --crop 32 48 --batch=4 --warmup-iterations=3 --stages=2 --stage-iterations=2 "
-    "--workers=0 --device=cpu"
-).split()
+TINY = ["--height=32", "--crop", "32", "48", "--batch=4", "--warmup-iterations=3", "--stages=2", "--stage-iterations=2", "--workers=0", "--device=cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of one block: 2 MB in float32 stays in a core's cache; a GPU wants fewer, larger steps.
+# Elements of one block: 4 MB in float64 stays near a core's cache; a GPU wants fewer, larger steps.
 _BLOCK_ELEMENTS_CPU = 2**19
 _BLOCK_ELEMENTS_GPU = 2**24
 
@@ -105,7 +105,8 @@ def anchor_distances_backward(
 def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest class (N, *) int64, and the distances to it and to the runner-up.
 
-    Of equally near classes the first wins. Where nothing can win (a non-finite feature, or no
+    Of equally near classes the first wins; equal is what the returned dtype cannot tell apart.
+    Where nothing can win (a feature that is not finite, or farther than that dtype reaches, or no
     class seen) the class is −1 and both distances are infinite; with one class seen the second is.
     """
     points, seen = _points(features, anchors)
@@ -118,6 +119,8 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     for block in _blocks(features):
         x = _pixels(features, block)
         candidates = torch.where(_finite(x) & seen, _distances(x, points), math.inf)
+        # Anchors in one place may differ in the last bit of the product, but not after rounding.
+        candidates = candidates.to(nearest.dtype)
         first = candidates.amin(dim=0)
         # Not argmin, which may return any of several equal minima.
         winner = torch.where(candidates == first, classes, num_classes).amin(dim=0)
