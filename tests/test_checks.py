@@ -263,7 +263,7 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: AnchorContrastiveLoss(temperature=0.0),
         ValueError,
-        "Expected `temperature` above 0, but got 0.",
+        "Expected `temperature` above 0 and finite, but got 0.0.",
     ),
     (
         lambda: AnchorContrastiveLoss(temperature=-1.0),
@@ -332,14 +332,14 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: anchorda.resize_labels(LABELS, (3,)),
         ValueError,
-        "Expected `size` to hold 2 numbers of at least 1, one for each spatial dimension of "
+        "Expected `size` to hold 2 integers of at least 1, one for each spatial dimension of "
         "`labels` of shape (2, 4, 5), but got (3,). "
         "Pass the size of the features, features.shape[2:].",
     ),
     (
         lambda: anchorda.resize_labels(LABELS, (3, 0)),
         ValueError,
-        "Expected `size` to hold 2 numbers of at least 1, one for each spatial dimension of "
+        "Expected `size` to hold 2 integers of at least 1, one for each spatial dimension of "
         "`labels` of shape (2, 4, 5), but got (3, 0). "
         "Pass the size of the features, features.shape[2:].",
     ),
@@ -391,8 +391,8 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: AnchorPseudoLabeler(torch.zeros(6))(FEATURES.to("meta"), ANCHORS.to("meta")),
         ValueError,
-        "Expected `min_margin` on meta like `features`, but got cpu. "
-        "Move them with .to(features.device).",
+        "Expected `min_margin` on meta like `anchors`, but got cpu. "
+        "Move them with .to(anchors.device).",
     ),
     (
         lambda: DiscriminativeLoss(weight=torch.ones(2))(FEATURES, LABELS),
@@ -408,7 +408,12 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: ConfusionMatrix(3).update(LABELS[:1], LABELS),
         ValueError,
-        "Expected `predictions` of shape (2, 4, 5) to match `labels`, but got (1, 4, 5). "
+        "Expected `predictions` of shape (2, 4, 5) to match `labels`, but got (1, 4, 5).",
+    ),
+    (
+        lambda: ConfusionMatrix(3).update(LABELS[:, 1:], LABELS),
+        ValueError,
+        "Expected `predictions` of shape (2, 4, 5) to match `labels`, but got (2, 3, 5). "
         "Resize them with anchorda.resize_labels(predictions, labels.shape[1:]).",
     ),
     (

@@ -136,10 +136,15 @@ def check_count(value: int, name: str) -> None:
         raise ValueError(f"Expected `{name}` of at least 1, but got {value}.")
 
 
-def check_range(value: float, name: str, low: float, high: float) -> None:
-    """Reject what is not a number in [low, high]."""
+def check_number(value: float, name: str) -> None:
+    """Reject what is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Expected `{name}` to be a number, but got {value!r}.")
+
+
+def check_range(value: float, name: str, low: float, high: float) -> None:
+    """Reject what is not a number in [low, high]."""
+    check_number(value, name)
     if not low <= value <= high:
         raise ValueError(f"Expected `{name}` in [{low}, {high}], but got {value}.")
 

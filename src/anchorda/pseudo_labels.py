@@ -1,6 +1,5 @@
 """Pseudo-labels for target pixels, from distances to the anchors or from class probabilities."""
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, final
 
@@ -15,8 +14,8 @@ from ._checks import (
     check_features,
     check_ignore_index,
     check_logits,
+    check_number,
     check_per_class,
-    check_range,
     check_same_labels,
 )
 from ._state import move_buffers
@@ -247,7 +246,7 @@ class ProbabilityPseudoLabeler(nn.Module):
 
 def _minimum(value: float | Tensor, name: str) -> Tensor:
     if not isinstance(value, Tensor):
-        check_range(value, name, -math.inf, math.inf)
+        check_number(value, name)
     minimum = torch.as_tensor(value).detach().to(torch.float32, copy=True)
     if minimum.ndim > 1:
         raise ValueError(

@@ -14,7 +14,10 @@ from records import load_checkpoint
 from synthetic import write_synthetic_pair
 
 TRAIN = Path(train.__file__)
-TINY = ["--height=32", "--crop", "32", "48", "--batch=4", "--warmup-iterations=3", "--stages=2", "--stage-iterations=2", "--workers=0", "--device=cpu"]
+TINY = [
+    *("--height", "32", "--crop", "32", "48", "--batch", "4", "--workers", "0"),
+    *("--warmup-iterations", "3", "--stages", "2", "--stage-iterations", "2", "--device", "cpu"),
+]
 
 
 @pytest.fixture(scope="module")
