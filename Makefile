@@ -40,6 +40,7 @@ dist: $(VENV)/installed
 	build/wheel-only/bin/python tests/readme_blocks.py README.md
 
 demo: $(VENV)/installed
+	rm -rf runs/demo-seed$(SEED)
 	$(EXAMPLE) --output runs/demo-seed$(SEED) --seed $(SEED) --baseline
 
 clean:

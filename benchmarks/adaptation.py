@@ -12,6 +12,7 @@ in Markdown, go to OUTPUT/results.md and the terminal.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def run(folder: Path, flags: Iterable[str]) -> None:
     """One run of the example, unless its report is already there."""
     if (folder / "report" / "iou.txt").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    folder.mkdir(parents=True)
     command = [sys.executable, str(TRAIN), "--output", str(folder), *flags]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         log.write(" ".join(command) + "\n")

@@ -121,16 +121,21 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     settings.crop = (settings.crop[0], settings.crop[1])
     if (settings.source is None) != (settings.target is None):
         parser.error("--source and --target belong together: give both, or neither")
+    if settings.warmup_checkpoint is not None and not settings.warmup_checkpoint.is_file():
+        parser.error(f"there is no warm-up checkpoint {settings.warmup_checkpoint}")
+    if (settings.output / "metrics.jsonl").exists():
+        parser.error(f"{settings.output} already holds a run: remove it, or name another --output")
     return settings
 
 
 def _margin(text: str) -> str:
     kind, _, number = text.rpartition(":")
-    value = float(number)
-    if kind not in ("", "quantile") or (kind and not 0 <= value <= 1):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number nor quantile:Q, 0 <= Q <= 1"
-        )
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or (kind and not (kind == "quantile" and 0 <= value <= 1)):
+        raise argparse.ArgumentTypeError(f"expected a number or quantile:Q in [0, 1], got {text!r}")
     return text
 
 

@@ -122,7 +122,22 @@ def test_source_and_target_belong_together(capsys: pytest.CaptureFixture[str]) -
 def test_a_wrong_margin_is_named(margin: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.parse_settings(["--margin", margin, "--output", "y"])
-    assert "--margin" in capsys.readouterr().err
+    assert "expected a number or quantile:Q in [0, 1]" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    with pytest.raises(SystemExit):
+        train.parse_settings(["--output", str(tmp_path)])
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_settings(["--output", str(tmp_path), "--warmup-checkpoint", "nowhere.pt"])
+    assert "there is no warm-up checkpoint nowhere.pt" in capsys.readouterr().err
 
 
 def test_quantile_is_numpys_inverted_cdf() -> None:
@@ -147,3 +162,21 @@ def test_what_is_missing_is_said_before_training(pair: tuple[Path, Path], tmp_pa
     assert "00002.png has no label" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert "warm-up" not in finished.stderr
+
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real images are not beside this repository")
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("gta5_sample", "cityscapes_sample"),
+        ("camvid_day_to_dusk/source", "camvid_day_to_dusk/target"),
+    ],
+)
+def test_real_images_in_their_true_formats(source: str, target: str, tmp_path: Path) -> None:
+    events = run((DATA / source, DATA / target), tmp_path / "run", "--stages", "1")
+    phases = [event["phase"] for event in events if event["kind"] == "evaluation"]
+    assert phases == ["warm-up", "stage 1"]
+    assert (tmp_path / "run" / "report" / "panels.png").exists()
