@@ -12,7 +12,7 @@ SEED ?= 0
 help:
 	@echo "make test   everything CI runs: lint, types, unit tests and doctests, distribution"
 	@echo "make demo   adapt a network on a small synthetic pair of data sets; SEED=0"
-	@echo "make clean  remove what the other targets made"
+	@echo "make clean  remove what the other targets made, but for runs/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,8 +40,8 @@ dist: $(VENV)/installed
 	build/wheel-only/bin/python tests/readme_blocks.py README.md
 
 demo: $(VENV)/installed
-	rm -rf runs/demo-seed$(SEED)
-	$(EXAMPLE) --output runs/demo-seed$(SEED) --seed $(SEED) --baseline
+	rm -rf "runs/demo-seed$(SEED)"
+	$(EXAMPLE) --output "runs/demo-seed$(SEED)" --seed "$(SEED)" --baseline
 
 clean:
 	rm -rf $(VENV) dist build

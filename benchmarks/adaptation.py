@@ -29,16 +29,18 @@ Event = dict[str, Any]
 
 
 def run(folder: Path, flags: Iterable[str]) -> None:
-    """One run of the example, unless its report is already there."""
-    if (folder / "report" / "iou.txt").exists():
+    """One run of the example, unless the same command has already finished there."""
+    command = [sys.executable, str(TRAIN), "--output", str(folder), *flags]
+    finished = folder / "finished.txt"
+    if finished.exists() and finished.read_text("utf-8") == " ".join(command):
         return
+    if finished.exists():
+        raise SystemExit(f"{folder} holds a run of other flags: remove it or name another --output")
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.mkdir(parents=True)
-    command = [sys.executable, str(TRAIN), "--output", str(folder), *flags]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        log.write(" ".join(command) + "\n")
-        log.flush()
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    finished.write_text(" ".join(command), "utf-8")
     print(f"finished {folder}", flush=True)
 
 
@@ -141,6 +143,8 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="for every run of train.py")
     options = parser.parse_args()
     run_all(options.output, options.seeds, options.jobs, options.flags)
+    if not read_events(options.output, options.seeds[:1], "anchor", "pseudo-labels")[0]:
+        parser.error("the tables need the labels of the target's training images, gtFine/train")
     parts = [score_table(options.output, options.seeds), class_table(options.output, options.seeds)]
     for kind in ("probability", "anchor"):
         parts += [f"{kind} labels:", label_table(options.output, options.seeds, kind)]

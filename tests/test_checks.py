@@ -406,6 +406,16 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     # Evaluation.
     (
+        lambda: ConfusionMatrix(3).merge(PseudoLabelQuality(3)),  # type: ignore[arg-type]
+        TypeError,
+        "Expected `other` to be ConfusionMatrix, but got PseudoLabelQuality.",
+    ),
+    (
+        lambda: CategoryAnchors(3, 2).merge(None),  # type: ignore[arg-type]
+        TypeError,
+        "Expected `other` to be CategoryAnchors, but got NoneType.",
+    ),
+    (
         lambda: ConfusionMatrix(3).update(LABELS[:1], LABELS),
         ValueError,
         "Expected `predictions` of shape (2, 4, 5) to match `labels`, but got (1, 4, 5).",

@@ -123,16 +123,13 @@ def test_relative_margin_has_no_scale(p: Problem, exponent: int) -> None:
     assert torch.equal(scaled.labels, labels)
 
 
-@given(problems(), st.floats(0, 4), st.floats(0, 4), st.booleans())
-def test_higher_minimum_activates_no_pixel(
-    p: Problem, first: float, second: float, relative: bool
-) -> None:
+@given(problems(), st.floats(0, 1), st.floats(0, 1))
+def test_higher_minimum_activates_no_pixel(p: Problem, first: float, second: float) -> None:
     low, high = sorted((first, second))
+    by_anchor = (p.features, p.anchors)
     labelers: list[tuple[Callable[[float], Any], tuple[Tensor, ...]]] = [
-        (
-            lambda minimum: anchorda.AnchorPseudoLabeler(minimum, relative=relative),
-            (p.features, p.anchors),
-        ),
+        (lambda minimum: anchorda.AnchorPseudoLabeler(4 * minimum), by_anchor),
+        (lambda minimum: anchorda.AnchorPseudoLabeler(minimum, relative=True), by_anchor),
         (anchorda.ProbabilityPseudoLabeler, (p.logits,)),
     ]
     for labeler, inputs in labelers:

@@ -1,7 +1,7 @@
 """Distances to the anchors, and the labelers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -300,7 +300,27 @@ def test_combine_pseudo_labels(ignore_index: int) -> None:
 
 
 def test_settings_are_shown() -> None:
-    shown = "AnchorPseudoLabeler(min_margin=2.5, relative=True, ignore_index=-1)"
-    assert repr(AnchorPseudoLabeler(2.5, relative=True, ignore_index=-1)) == shown
+    shown = "AnchorPseudoLabeler(min_margin=0.5, relative=True, ignore_index=-1)"
+    assert repr(AnchorPseudoLabeler(0.5, relative=True, ignore_index=-1)) == shown
     shown = "ProbabilityPseudoLabeler(min_probability=[0.5, 1.0], ignore_index=255)"
     assert repr(ProbabilityPseudoLabeler(torch.tensor([0.5, 1.0]))) == shown
+    assert "min_margin=..., " in repr(AnchorPseudoLabeler().to("meta"))  # no values to show
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ProbabilityPseudoLabeler(95),
+        lambda: AnchorPseudoLabeler(2.5, relative=True),
+        lambda: AnchorPseudoLabeler(torch.tensor([0.5, -0.5]), relative=True),
+    ],
+)
+def test_a_minimum_outside_of_the_scores_is_rejected(build: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"in \[0, 1\], as these scores are"):
+        build()
+
+
+def test_infinity_is_never() -> None:
+    features, anchors = torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert AnchorPseudoLabeler(INF, relative=True)(features, anchors).labels.tolist() == [255]
+    assert ProbabilityPseudoLabeler(INF)(torch.tensor([[99.0, 0.0]])).labels.tolist() == [255]

@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics, TensorBoard scalars and checkpoints."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,22 +22,26 @@ class Records:
         self.path = folder / "metrics.jsonl"
         self._file = self.path.open("w", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._steps = 0
+        self._evaluations = 0
 
     def losses(self, phase: str, iteration: int, terms: Mapping[str, float]) -> None:
         """Record the loss terms of an iteration, counted from 1 within its phase."""
         event = {"kind": "losses", "phase": phase, "iteration": iteration, "terms": dict(terms)}
         self._write(event)
-        self._steps += 1
         for name, value in terms.items():
-            self._board.add_scalar(f"loss/{name}", value, self._steps)
+            self._board.add_scalar(f"{phase}/{name}", value, iteration)
 
     def evaluation(self, phase: str, confusion: ConfusionMatrix) -> None:
         """Record the scores of a network on the evaluation images."""
         miou, accuracy = confusion.mean_iou().item(), confusion.accuracy().item()
-        scores = {"miou": miou, "accuracy": accuracy, "iou": _by_class(confusion.iou())}
+        scores = {
+            "miou": _or_none(miou),
+            "accuracy": _or_none(accuracy),
+            "iou": _by_class(confusion.iou()),
+        }
         self._write({"kind": "evaluation", "phase": phase, **scores})
-        self._board.add_scalar("evaluation/mIoU", miou, self._steps)
+        self._evaluations += 1
+        self._board.add_scalar("evaluation/mIoU", miou, self._evaluations)
 
     def pseudo_labels(self, phase: str, labeler: str, quality: PseudoLabelQuality) -> None:
         """Record how many pseudo-labels there are and how many of them are right."""
@@ -82,8 +87,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _by_class(values: Tensor) -> dict[str, float | None]:
-    """Values (19,) by class name; JSON has no NaN."""
-    return {
-        name: None if value != value else value
-        for name, value in zip(CLASS_NAMES, values.tolist(), strict=True)
-    }
+    return dict(zip(CLASS_NAMES, map(_or_none, values.tolist()), strict=True))
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

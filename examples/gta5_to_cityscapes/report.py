@@ -69,7 +69,7 @@ class Panel(NamedTuple):
 
 def save_panels(path: Path, panels: Sequence[Panel]) -> None:
     """Draw a row per panel: image, truth, two predictions, pseudo-labels; below, a legend."""
-    titles = ("image", "truth", "warm-up", "adapted", "pseudo-labels")
+    titles = ("image", "truth", "warm-up", "adapted", "last pseudo-labels")
     handles = _class_patches(labels for panel in panels for labels in panel[1:])
     # In inches. Boxes of the images' shapes, so that nothing has to be stretched or padded.
     box, gap, head, legend_columns = 3.0, 0.05, 0.32, 10

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from augment import photometric
 from classes import NUM_CLASSES
-from datasets import (
+from network import Segmenter, SmallSegmenter
+from readers import (
     DatasetError,
     LabeledImages,
     ResizeAndCrop,
@@ -29,7 +30,6 @@ from datasets import (
     cityscapes_pairs,
     gta5_pairs,
 )
-from network import Segmenter, SmallSegmenter
 from records import Records, load_checkpoint, save_checkpoint, write_atomically
 from report import (
     Panel,
@@ -100,16 +100,16 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         default="quantile:0.8",
         help="minimum margin of anchor labels: a number, or quantile:Q of each class's margins",
     )
-    add("--probability", type=float, default=0.95, help="minimum of probability labels")
+    add("--probability", type=_fraction, default=0.95, help="minimum of probability labels")
     add("--distance-weight", type=float, default=0.02, help="weight of the distance loss")
-    add("--height", type=int, default=144, help="images are scaled to this height")
-    add("--crop", type=int, nargs=2, default=(128, 192), help="height and width of crops")
-    add("--batch", type=int, default=8, help="images a step; in stages half of each domain")
+    add("--height", type=_count, default=144, help="images are scaled to this height")
+    add("--crop", type=_count, nargs=2, default=(128, 192), help="height and width of crops")
+    add("--batch", type=_count, default=8, help="images a step; in stages half of each domain")
     add("--learning-rate", type=float, default=0.003, help="at the start of the warm-up")
     add("--stage-learning-rate", type=float, default=0.001, help="at the start of each stage")
-    add("--warmup-iterations", type=int, default=400, help="of the warm-up, and the baseline")
+    add("--warmup-iterations", type=_count, default=400, help="of the warm-up, and the baseline")
     add("--stages", type=int, default=3, help="how often the target is labeled anew")
-    add("--stage-iterations", type=int, default=150, help="of each stage")
+    add("--stage-iterations", type=_count, default=150, help="of each stage")
     add("--baseline", action="store_true", help="train without augmentation too, to compare")
     add("--warmup-checkpoint", type=Path, help="start from this warm-up instead of training one")
     add("--seed", type=int, default=0, help="of all randomness")
@@ -119,6 +119,10 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
     settings = parser.parse_args(arguments, namespace=Settings())
     settings.crop = (settings.crop[0], settings.crop[1])
+    if settings.crop[0] > settings.height:
+        parser.error(f"--crop {settings.crop[0]} is higher than --height {settings.height}")
+    if settings.batch % 2:
+        parser.error(f"--batch {settings.batch} cannot be halved between the domains")
     if (settings.source is None) != (settings.target is None):
         parser.error("--source and --target belong together: give both, or neither")
     if settings.warmup_checkpoint is not None and not settings.warmup_checkpoint.is_file():
@@ -128,14 +132,31 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     return settings
 
 
-def _margin(text: str) -> str:
-    kind, _, number = text.rpartition(":")
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
     try:
-        value = float(number)
+        value = float(text)
     except ValueError:
         value = math.nan
-    if math.isnan(value) or (kind and not (kind == "quantile" and 0 <= value <= 1)):
-        raise argparse.ArgumentTypeError(f"expected a number or quantile:Q in [0, 1], got {text!r}")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text!r}")
+    return value
+
+
+def _margin(text: str) -> str:
+    try:
+        if text.startswith("quantile:"):
+            _fraction(text.removeprefix("quantile:"))
+        elif math.isnan(float(text)):
+            raise ValueError
+    except (ValueError, argparse.ArgumentTypeError):
+        message = f"expected a number, or quantile:Q with Q in [0, 1], got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
     return text
 
 
@@ -205,16 +226,24 @@ def source_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return anchorda.discriminative_loss(logits, labels)
 
 
-def optimize(terms: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """One step down the sum of the terms, whose values are returned."""
-    total = torch.stack(list(terms.values())).sum()
-    values = {name: term.item() for name, term in terms.items()}
-    if not total.isfinite():
-        raise FloatingPointError(f"The loss is not finite any more: {values}")
+def optimize(terms: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """One step down the sum of the terms."""
     optimizer.zero_grad()
-    total.backward()
+    torch.stack(list(terms.values())).sum().backward()
     optimizer.step()
-    return values
+
+
+def show(
+    terms: dict[str, Tensor], iteration: int, phase: str, records: Records, progress: "tqdm[Item]"
+) -> None:
+    """Record the terms every ten iterations: reading them makes the host wait for the GPU."""
+    if iteration % 10 != 1:
+        return
+    values = {name: term.item() for name, term in terms.items()}
+    if not all(map(math.isfinite, values.values())):
+        raise FloatingPointError(f"{phase}, iteration {iteration}: not finite any more: {values}")
+    progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+    records.losses(phase, iteration, values)
 
 
 def make_optimizer(
@@ -240,10 +269,10 @@ def warm_up(
     for iteration, (images, labels) in enumerate(progress, start=1):
         images, labels = images.to(settings.device), labels.to(settings.device)
         _, logits = segment(network, photometric(images) if augment else images, settings)
-        terms = optimize({"source": source_loss(logits, labels)}, optimizer)
+        terms = {"source": source_loss(logits, labels)}
+        optimize(terms, optimizer)
         schedule.step()
-        progress.set_postfix(terms)
-        records.losses(phase, iteration, terms)
+        show(terms, iteration, phase, records, progress)
 
 
 # ------------------------------------------------------------------------------------------ stages
@@ -294,18 +323,20 @@ def choose_margin(
     frozen: Segmenter, centroids: Tensor, data: Data, settings: Settings
 ) -> float | Tensor:
     """The margin as it was given, or the quantile of each class's margins on the target."""
-    kind, _, number = settings.margin.rpartition(":")
-    if not kind:
-        return float(number)
+    if not settings.margin.startswith("quantile:"):
+        return float(settings.margin)
+    q = float(settings.margin.removeprefix("quantile:"))
     label_all = anchorda.AnchorPseudoLabeler(float("-inf")).to(settings.device)
     labels, margins = [], []
     for images in one_by_one(data.target_whole, settings, "margins"):
         features, _ = segment(frozen, images.to(settings.device), settings)
         pseudo = label_all(features, centroids)
-        labels.append(pseudo.labels.flatten().to("cpu", torch.uint8))
-        margins.append(pseudo.scores.flatten().cpu())
+        # At most 16,384 pixels of an image, evenly spread: thousands of images fit the memory.
+        some = slice(None, None, math.ceil(pseudo.labels.numel() / 16384))
+        labels.append(pseudo.labels.flatten()[some].to("cpu", torch.uint8))
+        margins.append(pseudo.scores.flatten()[some].cpu())
     nearest, scores = torch.cat(labels), torch.cat(margins)
-    return torch.tensor([quantile(scores[nearest == c], float(number)) for c in range(NUM_CLASSES)])
+    return torch.tensor([quantile(scores[nearest == c], q) for c in range(NUM_CLASSES)])
 
 
 def quantile(values: Tensor, q: float) -> float:
@@ -320,7 +351,7 @@ def train_stage(
     network: Segmenter, stage: Stage, data: Data, settings: Settings, records: Records, phase: str
 ) -> None:
     """Train on the source and on the pseudo-labeled target, pulling both to the anchors."""
-    count, half = settings.stage_iterations, max(1, settings.batch // 2)
+    count, half = settings.stage_iterations, settings.batch // 2
     optimizer, schedule = make_optimizer(network, settings.stage_learning_rate, count)
     distance = anchorda.AnchorDistanceLoss()
     discriminate = anchorda.DiscriminativeLoss()
@@ -348,10 +379,9 @@ def train_stage(
             "pseudo": sum(discriminate(target_logits, p) for p in pseudo) / len(pseudo),
             "distance": settings.distance_weight * pull,
         }
-        values = optimize(terms, optimizer)
+        optimize(terms, optimizer)
         schedule.step()
-        progress.set_postfix(values)
-        records.losses(phase, iteration, values)
+        show(terms, iteration, phase, records, progress)
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -500,7 +530,8 @@ def main() -> None:
     try:
         folder = adapt(settings)
     except (DatasetError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        # From a worker process the message comes behind a traceback.
+        sys.exit("error: " + str(error).rpartition("DatasetError: ")[2])
     print(f"Report: {folder}")
 
 

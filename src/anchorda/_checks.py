@@ -149,6 +149,13 @@ def check_range(value: float, name: str, low: float, high: float) -> None:
         raise ValueError(f"Expected `{name}` in [{low}, {high}], but got {value}.")
 
 
+def check_mergeable(other: object, like: object) -> None:
+    """Reject an accumulator of another kind."""
+    if type(other) is not type(like):
+        expected, got = type(like).__name__, type(other).__name__
+        raise TypeError(f"Expected `other` to be {expected}, but got {got}.")
+
+
 def check_size(size: Sequence[int], labels: Tensor) -> None:
     """Reject a spatial size that labels (N, *) cannot be resized to."""
     spatial = tuple(labels.shape[1:])

@@ -19,6 +19,7 @@ from ._checks import (
     check_label_map,
     check_labels,
     check_logits,
+    check_mergeable,
     check_range,
     check_size,
     check_sums,
@@ -87,7 +88,9 @@ def image_centroids(
 
     with :math:`P_{n,c}` the pixels of image n whose label is c. The result is again features with
     labels, C "pixels" an image, and goes wherever those go: into `CategoryAnchors.update`, where
-    every image then has the same say, or into a loss. Differentiable in the features.
+    every image then has the same say, or into a loss. Differentiable in the features. A feature
+    that holds a NaN or an infinity is left out of its mean, as out of every anchor; a loss over
+    centroids therefore does not show it, where a loss over pixels would.
 
     Args:
         features: ``(N, D, *)``, floating point.
@@ -341,7 +344,7 @@ class CategoryAnchors(nn.Module):
         if has_float64(sums.device):
             check_device(sums, "sums", self.means, "anchors")
         counts = counts.detach().to(self.counts)
-        sums = sums.detach().to(self.means)
+        sums = sums.detach().to(self.means.device).to(self.means.dtype)
         weights = self._share(counts)
         if self.momentum is not None:
             weights = torch.where(self.seen, weights.new_full((), self.momentum), 1.0)
@@ -354,6 +357,7 @@ class CategoryAnchors(nn.Module):
         one accumulator over both streams holds; moving averages and capped counts depend on an
         order that two streams do not have.
         """
+        check_mergeable(other, self)
         if self._settings() != other._settings():
             raise ValueError(
                 f"Expected `other` to be CategoryAnchors({self.extra_repr()}), "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ._checks import check_count, check_device, check_same_labels
+from ._checks import check_count, check_device, check_mergeable, check_same_labels
 from ._ops.reference import has_float64
 
 
@@ -51,6 +51,7 @@ class ConfusionMatrix(nn.Module):
 
     def merge(self, other: Self) -> None:
         """Add what another matrix of as many classes has counted."""
+        check_mergeable(other, self)
         _merge_counts(self.counts, other.counts)
 
     def reset(self) -> None:
@@ -92,6 +93,8 @@ class PseudoLabelQuality(nn.Module):
         TypeError: if an argument or a dtype is wrong.
         ValueError: if ``num_classes``, a shape or a device is wrong.
 
+    Source: precision and recall of classification; coverage is that of selective classification.
+
     >>> quality = PseudoLabelQuality(num_classes=2)
     >>> quality.update(torch.tensor([[0, 1, 255, 0]]), torch.tensor([[0, 1, 1, 1]]))
     >>> quality.coverage()
@@ -116,6 +119,7 @@ class PseudoLabelQuality(nn.Module):
 
     def merge(self, other: Self) -> None:
         """Add what another one of as many classes has counted."""
+        check_mergeable(other, self)
         _merge_counts(self.counts, other.counts)
 
     def reset(self) -> None:

@@ -159,8 +159,8 @@ def anchor_contrastive_loss(
         TypeError: if a dtype is wrong.
         ValueError: if a shape, a device or ``temperature`` is wrong.
 
-    Source: the pixel-to-prototype contrast of ProDA (arXiv 2101.10979) and SePiCo (arXiv
-    2204.08808), with the Euclidean distance of CAG-UDA.
+    Source: ProDA (arXiv 2101.10979) weights pseudo-labels with this softmax over distances to
+    prototypes; here it is a loss, as the contrast to class centroids of SePiCo (arXiv 2204.08808).
 
     >>> anchors = torch.tensor([[0.0], [2.0]])
     >>> anchor_contrastive_loss(torch.tensor([[0.0]]), torch.tensor([0]), anchors)
@@ -278,7 +278,7 @@ class AnchorContrastiveLoss(nn.Module):
         TypeError: if a dtype is wrong.
         ValueError: if a shape, a device or ``temperature`` is wrong.
 
-    Source: the pixel-to-prototype contrast of ProDA (arXiv 2101.10979).
+    Source: the softmax over distances to prototypes of ProDA (arXiv 2101.10979), as a loss.
 
     >>> anchors = torch.tensor([[0.0], [2.0]])
     >>> AnchorContrastiveLoss(temperature=2.0)(torch.tensor([[0.0]]), torch.tensor([0]), anchors)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import synthetic
 from classes import NUM_CLASSES, train_ids
-from datasets import cityscapes_images, cityscapes_pairs, gta5_pairs
 from numpy.typing import NDArray
 from PIL import Image
+from readers import cityscapes_images, cityscapes_pairs, gta5_pairs
 from synthetic import write_synthetic_pair
 
 

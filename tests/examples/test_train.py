@@ -49,14 +49,14 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    events = run(pair, tmp_path / "run", "--baseline")
+    events = run(pair, tmp_path / "run", "--baseline", "--warmup-iterations", "12")
     evaluations = [e["phase"] for e in events if e["kind"] == "evaluation"]
     assert evaluations == ["source only", "warm-up", "stage 1", "stage 2"]
     losses = [(e["phase"], e["iteration"]) for e in events if e["kind"] == "losses"]
     assert losses == [
-        *(("source only", i) for i in (1, 2, 3)),
-        *(("warm-up", i) for i in (1, 2, 3)),
-        *((f"stage {k}", i) for k in (1, 2) for i in (1, 2)),
+        *(("source only", i) for i in (1, 11)),
+        *(("warm-up", i) for i in (1, 11)),
+        *(("stage 1", 1), ("stage 2", 1)),
     ]
     labelers = [(e["phase"], e["labeler"]) for e in events if e["kind"] == "pseudo-labels"]
     assert labelers == [
@@ -122,7 +122,25 @@ def test_source_and_target_belong_together(capsys: pytest.CaptureFixture[str]) -
 def test_a_wrong_margin_is_named(margin: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.parse_settings(["--margin", margin, "--output", "y"])
-    assert "expected a number or quantile:Q in [0, 1]" in capsys.readouterr().err
+    assert "expected a number, or quantile:Q with Q in [0, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--height", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--batch", "3"], "--batch 3 cannot be halved between the domains"),
+        (["--warmup-iterations", "-1"], "expected a whole number of at least 1"),
+        (["--probability", "95"], "expected a number in [0, 1], got '95'"),
+        (["--height", "100"], "--crop 128 is higher than --height 100"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_settings([*flags, "--output", "y"])
+    assert message in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_overwritten(
@@ -150,18 +168,38 @@ def test_quantile_is_numpys_inverted_cdf() -> None:
     assert train.quantile(torch.tensor([]), 0.5) == float("inf")
 
 
+def broken_run(pair: tuple[Path, Path], source: Path, output: Path, *flags: str) -> str:
+    """Run the command line on a broken source and return what it says on standard error."""
+    command = [sys.executable, str(TRAIN), "--source", str(source), "--target", str(pair[1])]
+    finished = subprocess.run(
+        [*command, "--output", str(output), *TINY, *flags], capture_output=True, text=True
+    )
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    return finished.stderr
+
+
 def test_what_is_missing_is_said_before_training(pair: tuple[Path, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(pair[0], broken)
     (broken / "labels" / "00002.png").unlink()
-    command = [sys.executable, str(TRAIN), "--source", str(broken), "--target", str(pair[1])]
-    finished = subprocess.run(
-        [*command, "--output", str(tmp_path / "out"), *TINY], capture_output=True, text=True
-    )
-    assert finished.returncode == 1
-    assert "00002.png has no label" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert "warm-up" not in finished.stderr
+    said = broken_run(pair, broken, tmp_path / "out")
+    assert "00002.png has no label" in said
+    assert "warm-up" not in said
+
+
+def test_a_file_broken_inside_is_named_from_a_worker(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pair[0], broken)
+    image = broken / "images" / "00003.png"
+    content = bytearray(image.read_bytes())
+    content[200:260] = bytes(60)
+    image.write_bytes(bytes(content))
+    said = broken_run(pair, broken, tmp_path / "out", "--workers", "1")
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"error: {image} is not a readable image")
 
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -10,6 +10,7 @@ that is not finite belongs to an unseen class. Nothing here is differentiable by
 gradients are operators of their own.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 # Elements of one block: 4 MB in float64 stays near a core's cache; a GPU wants fewer, larger steps.
 _BLOCK_ELEMENTS_CPU = 2**19
-_BLOCK_ELEMENTS_GPU = 2**24
+_BLOCK_ELEMENTS_GPU = 2**21
 
 Block = tuple[slice, ...]
 
@@ -39,7 +40,7 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     classes = torch.arange(num_classes, device=features.device)[:, None]
     sums = torch.zeros(num_classes, features.shape[1], dtype=dtype, device=features.device)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device)
-    for block in _blocks(features):
+    for block in _blocks(features, num_classes):
         x, y = _pixels(features, block), _flat(labels, block)
         finite = _finite(x)
         members = (y == classes) & finite
@@ -79,7 +80,7 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
     points, seen = _points(features, anchors)
     shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
     distances = torch.empty(shape, dtype=result_dtype(features), device=features.device)
-    for block in _blocks(features):
+    for block in _blocks(features, anchors.shape[0]):
         x = _pixels(features, block)
         of_pixels = torch.where(_finite(x), _distances(x, points), math.nan)
         _write_pixels(distances, block, of_pixels.masked_fill(~seen, math.inf))
@@ -92,7 +93,7 @@ def anchor_distances_backward(
     """Sum over the classes of ``grad · (x − a) / ‖x − a‖``, 0 where x = a."""
     points, _ = _points(features, anchors)
     grad = torch.empty_like(features)
-    for block in _blocks(features):
+    for block in _blocks(features, anchors.shape[0]):
         x = _pixels(features, block)
         g, d = _pixels(grad_distances, block), _pixels(distances, block)
         weights = torch.where((g == 0) | (d == 0), 0.0, g / d)
@@ -116,7 +117,7 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     labels = torch.empty(shape, dtype=torch.int64, device=features.device)
     nearest = torch.empty(shape, dtype=result_dtype(features), device=features.device)
     second = torch.empty_like(nearest)
-    for block in _blocks(features):
+    for block in _blocks(features, num_classes):
         x = _pixels(features, block)
         candidates = torch.where(_finite(x) & seen, _distances(x, points), math.inf)
         # Anchors in one place may differ in the last bit of the product, but not after rounding.
@@ -175,18 +176,20 @@ def _block_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if has_float64(features.device) else torch.float32
 
 
-def _blocks(features: Tensor) -> Iterator[Block]:
-    """Slices of a label map (N, *), over images and rows, that hold few enough elements each."""
+def _blocks(features: Tensor, num_classes: int = 1) -> Iterator[Block]:
+    """Slices that cut a label map (N, *) into blocks of few enough pixels.
+
+    Few enough for as many features, and for as many values per class, to fit the limit.
+    """
     limit = _BLOCK_ELEMENTS_CPU if features.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
     images, channels, *spatial = features.shape
-    rows = spatial[0] if spatial else 1
-    rows_at_once = max(1, limit // max(1, channels * math.prod(spatial[1:])))
-    images_at_once = max(1, rows_at_once // max(1, rows))
-    for i in range(0, images, images_at_once):
-        if not spatial:
-            yield (slice(i, i + images_at_once),)
-        for r in range(0, rows if spatial else 0, rows_at_once):
-            yield slice(i, i + images_at_once), slice(r, r + rows_at_once)
+    pixels = max(1, limit // max(1, channels, num_classes))
+    ranges: list[list[slice]] = []
+    for size in reversed((images, *spatial)):
+        step = min(pixels, max(1, size))
+        pixels //= step
+        ranges.insert(0, [slice(start, start + step) for start in range(0, size, step)])
+    yield from itertools.product(*ranges)
 
 
 def _pixels(maps: Tensor, block: Block) -> Tensor:
@@ -206,8 +209,7 @@ def _flat(labels: Tensor, block: Block) -> Tensor:
 
 def _finite(x: Tensor) -> Tensor:
     """Which pixels of a block (D, pixels) are finite throughout."""
-    # 0 times anything finite is 0, else NaN: one pass over the block, with no mask of its size.
-    return x.new_zeros(x.shape[0]) @ x == 0
+    return (x * 0).sum(dim=0) == 0  # 0 times anything finite is 0, else NaN
 
 
 def _points(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Readers of GTA5 and Cityscapes as they lie on disk.
 
-Listing a data set also checks it, from file names and PNG headers alone, so that what is missing
-or mixed up is said before training starts and not hours into it. Labels of the target's training
-images cannot leak: `cityscapes_images` and `UnlabeledImages` know no label files.
+Listing a data set also checks it, by file names and by both ends of each file: what is missing,
+cut off or mixed up is said before training starts and not hours into it. Labels of the target's
+training images cannot leak: `cityscapes_images` and `UnlabeledImages` know no label files.
 """
 
 import os
@@ -13,12 +13,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from classes import IGNORE, train_ids
+from classes import train_ids
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
+_PNG_END = b"IEND\xaeB`\x82"
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises for a broken file
 
 
@@ -59,7 +60,7 @@ def cityscapes_images(root: Path, split: Literal["train", "val"]) -> list[Path]:
         DatasetError: If the folder or its images are missing, or a file is not an image.
     """
     images = _list_pngs(root / "leftImg8bit" / split, "*/*_leftImg8bit.png")
-    for image in images:
+    for image in tqdm(images, desc="checking", leave=False):
         _read_header(image)
     return images
 
@@ -111,7 +112,7 @@ def _check_pairs(pairs: Sequence[Pair]) -> None:
             f"{missing[0].image} has no label {missing[0].label} ({len(missing)} of {len(pairs)} "
             "images lack theirs). Unpack the missing labels or remove these images."
         )
-    for image, label in pairs:
+    for image, label in tqdm(pairs, desc="checking", leave=False):
         _, image_size = _read_header(image)
         mode, label_size = _read_header(label)
         if mode not in ("L", "P"):
@@ -132,6 +133,10 @@ def _times(size: tuple[int, int]) -> str:
 
 def _read_header(path: Path) -> tuple[str, tuple[int, int]]:
     try:
+        with path.open("rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            if file.read() != _PNG_END:
+                raise EOFError("the file breaks off")
         with Image.open(path) as image:
             return image.mode, image.size
     except _UNREADABLE as error:
@@ -173,8 +178,8 @@ class ResizeAndCrop:
 
     Args:
         height: Height of the whole image after scaling, which keeps the aspect ratio.
-        crop: Height and width of the random crop, padded at the right and bottom where the scaled
-            image is smaller; None keeps the whole image, and its label at the original size.
+        crop: Height and width of the random crop; an image too narrow for it is scaled further,
+            until it covers the crop. None keeps the whole image, its label at the original size.
         flip: Whether to mirror half of the samples.
     """
 
@@ -187,33 +192,25 @@ class ResizeAndCrop:
         view = self._draw(image)
         labels = view.apply(label, Image.Resampling.NEAREST) if self.crop else label
         pixels = view.apply(image, Image.Resampling.BILINEAR)
-        return (
-            self._finish(_image_tensor(pixels), view.mirror, fill=0),
-            self._finish(_label_tensor(labels), view.mirror, fill=IGNORE),
-        )
+        return view.turn(_image_tensor(pixels)), view.turn(_label_tensor(labels))
 
     def image_only(self, image: Image.Image) -> Tensor:
         """Transform an image that has no label."""
         view = self._draw(image)
         pixels = view.apply(image, Image.Resampling.BILINEAR)
-        return self._finish(_image_tensor(pixels), view.mirror, fill=0)
+        return view.turn(_image_tensor(pixels))
 
     def _draw(self, image: Image.Image) -> "_View":
         scale = self.height / image.height
-        full = (self.height, round(image.width * scale))
-        size = (min(full[0], self.crop[0]), min(full[1], self.crop[1])) if self.crop else full
+        if self.crop:
+            scale = max(scale, self.crop[0] / image.height, self.crop[1] / image.width)
+        full = (round(image.height * scale), round(image.width * scale))
+        size = self.crop or full
         top, left = (_randint(full[axis] - size[axis] + 1) for axis in (0, 1))
         # Cutting out while scaling computes only the pixels that are kept.
         across, down = image.width / full[1], image.height / full[0]
         box = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
         return _View(size, box, mirror=self.flip and _randint(2) == 1)
-
-    def _finish(self, tensor: Tensor, mirror: bool, fill: int) -> Tensor:
-        if self.crop:
-            missing = (self.crop[0] - tensor.shape[-2], self.crop[1] - tensor.shape[-1])
-            if any(missing):
-                tensor = functional.pad(tensor, (0, missing[1], 0, missing[0]), value=fill)
-        return tensor.flip(-1) if mirror else tensor
 
 
 class _View(NamedTuple):
@@ -223,6 +220,9 @@ class _View(NamedTuple):
 
     def apply(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
         return image.resize(self.size[::-1], resample, self.box)
+
+    def turn(self, tensor: Tensor) -> Tensor:
+        return tensor.flip(-1) if self.mirror else tensor
 
 
 def _randint(high: int) -> int:
