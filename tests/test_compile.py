@@ -17,27 +17,31 @@ NUM_CLASSES = 4
 _margins = anchorda.AnchorPseudoLabeler(torch.tensor([0.1, 0.2, 0.3, 0.4]))
 _relative_margins = anchorda.AnchorPseudoLabeler(0.2, relative=True)
 _probabilities = anchorda.ProbabilityPseudoLabeler(0.5)
+_discriminative = anchorda.DiscriminativeLoss(label_smoothing=0.1)
+_accumulator = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
+_other = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
+_confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
+_quality = anchorda.PseudoLabelQuality(NUM_CLASSES)
 
 
 def _update_anchors(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
     del logits
-    accumulator = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
-    accumulator.update(features, labels)
-    other = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
-    other.update_sums(anchors, torch.tensor([1, 0, 2, 3]))
-    accumulator.merge(other)
-    return accumulator.compute()
+    for accumulator in (_accumulator, _other):
+        accumulator.reset()
+    _accumulator.update(features, labels)
+    _other.update_sums(anchors, torch.tensor([1, 0, 2, 3]))
+    _accumulator.merge(_other)
+    return _accumulator.compute()
 
 
 def _evaluate(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> list[Tensor]:
     del features, anchors
-    confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
-    quality = anchorda.PseudoLabelQuality(NUM_CLASSES)
     predictions = logits.argmax(dim=1)
-    confusion.update(predictions, labels)
-    quality.update(predictions, labels)
-    ratios = [quality.coverage(), quality.precision(), quality.recall()]
-    return [confusion.iou(), confusion.mean_iou(), confusion.accuracy(), *ratios]
+    for evaluation in (_confusion, _quality):
+        evaluation.reset()
+        evaluation.update(predictions, labels)
+    ratios = [_quality.coverage(), _quality.precision(), _quality.recall()]
+    return [_confusion.iou(), _confusion.mean_iou(), _confusion.accuracy(), *ratios]
 
 
 def _combine(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ CASES: dict[str, Case] = {
         x, y, a
     ),
     "contrastive": lambda x, y, z, a: anchorda.AnchorContrastiveLoss()(x, y, a),
-    "discriminative": lambda x, y, z, a: anchorda.DiscriminativeLoss(label_smoothing=0.1)(z, y),
+    "discriminative": lambda x, y, z, a: _discriminative(z, y),
 }
 
 

@@ -63,8 +63,8 @@ def check_labels(labels: Tensor, features: Tensor, name: str = "features") -> No
 
 def check_same_labels(first: Tensor, second: Tensor, names: tuple[str, str]) -> None:
     """Reject two label maps that are not of one shape and on one device."""
-    for labels, name in zip((first, second), names, strict=True):
-        check_label_map(labels, name)
+    check_label_map(first, names[0])
+    check_label_map(second, names[1])
     if first.shape != second.shape:
         mend = f" Resize them with anchorda.resize_labels({names[1]}, {names[0]}.shape[1:])."
         resizable = first.ndim == second.ndim and first.shape[0] == second.shape[0]

@@ -156,7 +156,7 @@ def keep_correct(labels: Tensor, logits: Tensor, *, ignore_index: int = 255) -> 
     largest, predictions = logits.detach().max(dim=1)
     # `max` returns the NaN where there is one, whose position means nothing.
     correct = (predictions == labels.long()) & ~largest.isnan()
-    return torch.where(correct, labels, ignore_index).to(labels.dtype)
+    return torch.where(correct, predictions, ignore_index).to(labels.dtype)
 
 
 def resize_labels(
@@ -210,9 +210,9 @@ def resize_labels(
     if mode == "majority":
         check_fits(ignore_index, labels)
         return _majority(labels, size, min_ratio, ignore_index)
-    for dim, (old, new) in enumerate(zip(spatial, size, strict=True), start=1):
-        nearest = torch.arange(new, device=labels.device) * old // new
-        labels = labels.index_select(dim, nearest)
+    for dim, new in enumerate(size):
+        nearest = torch.arange(new, device=labels.device) * spatial[dim] // new
+        labels = labels.index_select(dim + 1, nearest)
     return labels
 
 
@@ -237,7 +237,8 @@ def _cells(old: Sequence[int], new: Sequence[int], device: torch.device) -> tupl
     rank = len(new)
     index = torch.zeros((), dtype=torch.int64, device=device)
     inside = torch.ones((), dtype=torch.bool, device=device)
-    for dim, (o, n) in enumerate(zip(old, new, strict=True)):
+    for dim, n in enumerate(new):
+        o = old[dim]
         widest = o // n if o % n == 0 else o // n + 2
         cell = torch.arange(n, device=device)[:, None]
         pixel = cell * o // n + torch.arange(widest, device=device)
