@@ -1,7 +1,7 @@
 """Compare the kinds of pseudo-labels over several seeds, with the example's own command line.
 
-For each seed: source only and warm-up once, then the stages from that warm-up with labels from the
-anchors, from the probabilities, and from both. What follows ``--`` goes to every run unchanged:
+For each seed: source only and warm-up once, then the stages from that warm-up for each of
+`VARIANTS`. What follows ``--`` goes to every run unchanged:
 
     python benchmarks/adaptation.py --output runs/dusk --seeds 0 1 2 --jobs 2 -- \
         --source DIR --target DIR --threads 1
@@ -23,25 +23,37 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = Path(__file__).parents[1] / "examples" / "gta5_to_cityscapes" / "train.py"
-KINDS = ("probability", "anchor", "both")
+VARIANTS = {
+    "probability": ["--labels", "probability"],
+    "anchor": ["--labels", "anchor"],
+    "both": ["--labels", "both"],
+    # What the terms contribute: no pull to the anchors; no target pixel labeled at all.
+    "anchor, no pull": ["--labels", "anchor", "--distance-weight", "0"],
+    "no target labels": ["--labels", "anchor", "--margin", "inf"],
+}
 
 Event = dict[str, Any]
 
 
-def run(folder: Path, flags: Iterable[str]) -> None:
-    """One run of the example, unless the same command has already finished there."""
-    command = [sys.executable, str(TRAIN), "--output", str(folder), *flags]
+def run(folder: Path, flags: list[str]) -> None:
+    """One run of the example, unless one of the same flags has already finished there."""
     finished = folder / "finished.txt"
-    if finished.exists() and finished.read_text("utf-8") == " ".join(command):
+    if finished.exists() and finished.read_text("utf-8") == " ".join(flags):
         return
     if finished.exists():
         raise SystemExit(f"{folder} holds a run of other flags: remove it or name another --output")
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.mkdir(parents=True)
+    command = [sys.executable, str(TRAIN), "--output", str(folder), *flags]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    finished.write_text(" ".join(command), "utf-8")
+    finished.write_text(" ".join(flags), "utf-8")
     print(f"finished {folder}", flush=True)
+
+
+def folder_of(name: str) -> str:
+    """The folder of a variant."""
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def run_all(output: Path, seeds: list[int], jobs: int, flags: list[str]) -> None:
@@ -52,9 +64,9 @@ def run_all(output: Path, seeds: list[int], jobs: int, flags: list[str]) -> None
         start = ["--baseline", "--stages", "0"]
         warm_ups.append(partial(run, folder / "warm-up", [*seeded, *start]))
         checkpoint = folder / "warm-up" / "checkpoints" / "warm-up.pt"
-        for kind in KINDS:
-            more = ["--labels", kind, "--warmup-checkpoint", str(checkpoint)]
-            stages.append(partial(run, folder / kind, [*seeded, *more]))
+        for name, variant in VARIANTS.items():
+            more = [*variant, "--warmup-checkpoint", str(checkpoint)]
+            stages.append(partial(run, folder / folder_of(name), [*seeded, *more]))
     for step in (warm_ups, stages):
         with ThreadPoolExecutor(jobs) as pool:
             for finished in [pool.submit(one) for one in step]:
@@ -65,7 +77,11 @@ def read_events(output: Path, seeds: list[int], name: str, kind: str) -> list[li
     """The events of one kind in a run's metrics, by seed."""
     events = []
     for seed in seeds:
-        lines = (output / f"seed{seed}" / name / "metrics.jsonl").read_text("utf-8").splitlines()
+        lines = (
+            (output / f"seed{seed}" / folder_of(name) / "metrics.jsonl")
+            .read_text("utf-8")
+            .splitlines()
+        )
         events.append([e for e in map(json.loads, lines) if e["kind"] == kind])
     return events
 
@@ -73,7 +89,7 @@ def read_events(output: Path, seeds: list[int], name: str, kind: str) -> list[li
 def score_table(output: Path, seeds: list[int]) -> str:
     """The mIoU after every phase: each seed, mean and standard deviation."""
     rows = []
-    for name in ("warm-up", *KINDS):
+    for name in ("warm-up", *VARIANTS):
         by_seed = read_events(output, seeds, name, "evaluation")
         for phase in [event["phase"] for event in by_seed[0]]:
             if name != "warm-up" and phase == "warm-up":
@@ -92,7 +108,7 @@ def score_table(output: Path, seeds: list[int]) -> str:
 def class_table(output: Path, seeds: list[int]) -> str:
     """The IoU of each class at the start and after the last stage, means over the seeds."""
     columns = {"source only": ("warm-up", 0), "warm-up": ("warm-up", 1)}
-    columns |= {kind: (kind, -1) for kind in KINDS}
+    columns |= {name: (name, -1) for name in VARIANTS}
     table = {}
     for title, (name, place) in columns.items():
         last = [events[place]["iou"] for events in read_events(output, seeds, name, "evaluation")]

@@ -164,7 +164,7 @@ def check_size(size: Sequence[int], labels: Tensor) -> None:
         f"dimension of `labels` of shape {tuple(labels.shape)}"
     )
     mend = "Pass the size of the features, features.shape[2:]."
-    if not isinstance(size, Sequence) or not all(isinstance(s, int) for s in size):
+    if not isinstance(size, Sequence) or not all(isinstance(s, (int, torch.SymInt)) for s in size):
         raise TypeError(f"{expected}, but got {size!r}. {mend}")
     if len(size) != len(spatial) or any(s < 1 for s in (*size, *spatial)):
         raise ValueError(f"{expected}, but got {tuple(size)}. {mend}")
