@@ -100,6 +100,7 @@ def test_public_name_is_documented(name: str) -> None:
         return  # Results; their fields are documented one by one.
     assert ">>> " in doc
     assert "Raises:\n" in doc
+    assert "Source: " in doc
     assert "Args:\n" in doc
     if inspect.isfunction(value):
         assert "Returns:\n" in doc
