@@ -88,6 +88,50 @@ def check_anchors(anchors: Tensor, features: Tensor) -> None:
     check_device(anchors, "anchors", features, "features")
 
 
+def check_anchor_rows(anchors: Tensor, name: str = "anchors") -> None:
+    """Reject anchors that are not a floating-point tensor (C, D)."""
+    check_tensor(anchors, name)
+    _check_floating(anchors, name)
+    if anchors.ndim != 2 or anchors.shape[0] < 1:
+        raise ValueError(
+            f"Expected `{name}` of shape (C, D), one row for each class, "
+            f"but got {tuple(anchors.shape)}."
+        )
+
+
+def check_same_anchors(previous: Tensor, anchors: Tensor) -> None:
+    """Reject previous anchors that are not of the shape and on the device of the present ones."""
+    check_anchor_rows(previous, "previous")
+    if previous.shape != anchors.shape:
+        raise ValueError(
+            f"Expected `previous` of shape {tuple(anchors.shape)} to match `anchors`, "
+            f"but got {tuple(previous.shape)}."
+        )
+    check_device(previous, "previous", anchors, "anchors")
+
+
+def check_scores(scores: Tensor, labels: Tensor) -> None:
+    """Reject scores that are not floating point and of the shape and device of the labels."""
+    check_label_map(labels)
+    check_tensor(scores, "scores")
+    _check_floating(scores, "scores")
+    if scores.shape != labels.shape:
+        raise ValueError(
+            f"Expected `scores` of shape {tuple(labels.shape)} to match `labels`, but got "
+            f"{tuple(scores.shape)}. Pass both as a labeler returned them."
+        )
+    check_device(scores, "scores", labels, "labels")
+
+
+def check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
+    """Reject names that are not one for each class; without names, number the classes."""
+    if names is None:
+        return [str(c) for c in range(num_classes)]
+    if len(names) != num_classes:
+        raise ValueError(f"Expected `class_names` for {num_classes} classes, but got {len(names)}.")
+    return names
+
+
 def check_per_class(
     values: Tensor, name: str, like: Tensor, like_name: str, num_classes: int
 ) -> None:

@@ -1,6 +1,6 @@
-"""How a module's state survives ``.half()``, ``.to(dtype)`` and the like on a parent module."""
+"""How a module's state survives ``.half()``, ``.to(dtype)`` and a round trip through a file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,3 +21,11 @@ def move_buffers(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
         # A buffer on the meta device has no values to move.
         moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
         setattr(module, name, moved)
+
+
+def adopt_shapes(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Give buffers the shapes that are about to be loaded: a threshold is () or (C,)."""
+    for name, buffer in module.named_buffers(recurse=False):
+        saved = state_dict.get(prefix + name)
+        if saved is not None and saved.ndim <= 1:
+            setattr(module, name, buffer.new_empty(saved.shape))

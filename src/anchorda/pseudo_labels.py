@@ -1,6 +1,6 @@
 """Pseudo-labels for target pixels, from distances to the anchors or from class probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -18,7 +18,7 @@ from ._checks import (
     check_per_class,
     check_same_labels,
 )
-from ._state import move_buffers
+from ._state import adopt_shapes, move_buffers
 
 
 class PseudoLabels(NamedTuple):
@@ -179,6 +179,12 @@ class AnchorPseudoLabeler(nn.Module):
         move_buffers(self, fn)
         return self
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *others: object
+    ) -> None:
+        adopt_shapes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
         return (
@@ -243,6 +249,12 @@ class ProbabilityPseudoLabeler(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         move_buffers(self, fn)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *others: object
+    ) -> None:
+        adopt_shapes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
