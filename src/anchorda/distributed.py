@@ -1,0 +1,203 @@
+"""Sums, anchors and evaluation over all processes of ``torch.distributed`` (gloo, NCCL and others).
+
+``update`` never communicates. Each rank feeds its own share of the stream to its own accumulator,
+and one `all_reduce` after the pass makes every rank hold what one process would that saw it all::
+
+    for features, labels in share_of_this_rank:
+        anchors.update(features, labels)
+    all_reduce(anchors)
+
+**Anchors and DistributedDataParallel.** DDP with ``broadcast_buffers=True``, its default, gives
+every rank the buffers of rank 0 at the start of each training ``forward``. Anchors inside of the
+wrapped module are such buffers: what the other ranks have accumulated is lost, silently, and an
+`all_reduce` comes too late. Either keep the anchors outside of the wrapped module, which is the
+simplest, or wrap it with ``broadcast_buffers=False`` (``forward_sync_buffers=False`` in versions of
+PyTorch that have renamed it); and call `all_reduce` when the pass is over.
+"""
+
+from typing import TypeAlias, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .anchors import CategoryAnchors, ClassSums
+from .calibration import ScoreCalibrator
+from .evaluation import ConfusionMatrix, PseudoLabelQuality
+
+State: TypeAlias = CategoryAnchors | ConfusionMatrix | PseudoLabelQuality | ScoreCalibrator
+
+# Enough for the settings of any state; a message of a fixed size fits on ranks that disagree.
+_DESCRIPTION_BYTES = 256
+
+
+def all_reduce_class_sums(
+    class_sums: ClassSums, *, group: dist.ProcessGroup | None = None
+) -> ClassSums:
+    r"""Add up the class sums of all ranks.
+
+    .. math:: s_c = \sum_r s_c^{(r)}, \qquad n_c = \sum_r n_c^{(r)}
+
+    Called for every batch, between `anchorda.class_sums` and `CategoryAnchors.update_sums`, it
+    makes each rank's anchors exactly those of one process with the global batch, for a moving
+    average and capped counts too. Every process of the group has to call it, also one whose batch
+    is empty. The result has the same bits on every rank. Whether the ranks agree on the shapes
+    is looked at first, for which the host waits for the GPU.
+
+    Args:
+        class_sums: of this rank: sums ``(C, D)``, floating point, and counts ``(C,)``, integer.
+        group: the processes that take part; ``None`` is all of them.
+
+    Returns:
+        ``ClassSums(sums (C, D), counts (C,) int64)``, new tensors on the devices of the given ones;
+        the sums are added up in float64 and keep their dtype. Without an initialized
+        ``torch.distributed`` the values are those given.
+
+    Raises:
+        TypeError: if ``class_sums`` is not a `ClassSums`.
+        ValueError: on every rank, if shapes or dtypes differ between ranks; or if this process is
+            not in ``group``.
+
+    Source: equation 2 of CAG-UDA (arXiv 1910.13049) is a ratio of sums, and sums add up over ranks.
+
+    >>> import torch, anchorda
+    >>> labels = torch.tensor([0, 0, 255])
+    >>> sums = anchorda.class_sums(torch.tensor([[1.0], [3.0], [5.0]]), labels, num_classes=2)
+    >>> anchors = anchorda.CategoryAnchors(num_classes=2, feature_dim=1, momentum=0.1)
+    >>> anchors.update_sums(*all_reduce_class_sums(sums))
+    >>> anchors.compute()
+    tensor([[2.],
+            [nan]])
+    """
+    if not isinstance(class_sums, ClassSums):
+        got = type(class_sums).__name__
+        raise TypeError(f"Expected `class_sums` to be ClassSums, but got {got}.")
+    sums, counts = class_sums
+    shapes = f"sums={tuple(sums.shape)} {sums.dtype}, counts={tuple(counts.shape)} {counts.dtype}"
+    _check_agreement(f"ClassSums({shapes})", sums.device, group)
+    return ClassSums(_sum(sums, group), _sum(counts.long(), group))
+
+
+def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
+    r"""Make every rank hold what one process would that saw the streams of all ranks, in place.
+
+    Counts are added up. Anchors are averaged with their counts as weights:
+
+    .. math:: a_c = \sum_r \frac{n_c^{(r)}}{n_c}\, a_c^{(r)}, \qquad n_c = \sum_r n_c^{(r)}
+
+    For the exact running mean that is what one process over all streams holds. Moving averages and
+    capped counts depend on an order that separate streams do not have: theirs is this average,
+    whatever the order of the ranks, with the counts capped again after they were added up. For
+    exactly what one process with the global batch holds, call `all_reduce_class_sums` for every
+    batch instead.
+
+    Every process of the group has to call it, also one that has seen nothing. Afterwards the states
+    have the same bits on every rank, so any of them may be saved. **Call it once, when the pass is
+    over**: every rank then holds the whole, and a second call would count it once per rank. For a
+    look in between, reduce a ``copy.deepcopy``.
+
+    Args:
+        state: of this rank, changed in place: `CategoryAnchors`, `ConfusionMatrix`,
+            `PseudoLabelQuality` or `ScoreCalibrator`. Without an initialized ``torch.distributed``
+            it is left as it is.
+        group: the processes that take part; ``None`` is all of them.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        TypeError: if ``state`` is of another kind.
+        ValueError: on every rank, if the kinds or settings differ between ranks; or if this process
+            is not in ``group``. The states are then as they were.
+
+    Source: the mean of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
+    computing sample variances" (1979), for any number of parts.
+
+    >>> import torch, anchorda
+    >>> anchors = anchorda.CategoryAnchors(num_classes=2, feature_dim=1)
+    >>> anchors.update(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]))
+    >>> all_reduce(anchors)  # in a single process
+    >>> anchors.counts
+    tensor([2, 0])
+    """
+    if not isinstance(state, State):
+        kinds = ", ".join(kind.__name__ for kind in get_args(State))
+        raise TypeError(f"Expected `state` to be one of {kinds}, but got {type(state).__name__}.")
+    settings = state.extra_repr() or f"num_classes={len(state.counts)}"
+    _check_agreement(f"{type(state).__name__}({settings})", state.counts.device, group)
+    if not _ranks(group):
+        return
+    counts = _sum(state.counts, group)
+    if isinstance(state, CategoryAnchors):
+        # Weighted before they are added up, so that a class of one rank alone keeps its bits, and
+        # what is handed out is the result. An unseen class is 0 times a share of 0/1.
+        shares = state.counts.to(state.means.dtype) / counts.clamp(min=1)
+        state.means.copy_(_sum(state.means * shares[:, None], group))
+        if state.max_count is not None:
+            counts.clamp_(max=state.max_count)
+    state.counts.copy_(counts)
+
+
+def _ranks(group: dist.ProcessGroup | None) -> list[int]:
+    """The processes of a group by their global ranks; none without ``torch.distributed``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            f"Expected a process that is in `group`, but got rank {dist.get_rank()}, which is not. "
+            "Call this in the processes of the group only."
+        )
+    return dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+
+
+def _check_agreement(
+    description: str, device: torch.device, group: dist.ProcessGroup | None
+) -> None:
+    """Reject on every rank what differs between ranks: its sum would hang, or be nonsense."""
+    ranks = _ranks(group)
+    if not ranks:
+        return
+    encoded = description.encode().ljust(_DESCRIPTION_BYTES)[:_DESCRIPTION_BYTES]
+    own = torch.tensor(list(encoded), dtype=torch.uint8, device=_meeting_place(device, group))
+    gathered = [torch.empty_like(own) for _ in ranks]
+    dist.all_gather(gathered, own, group=group)
+    held: dict[str, list[str]] = {}
+    for rank, received in zip(ranks, torch.stack(gathered).tolist(), strict=True):
+        held.setdefault(bytes(received).decode(errors="replace").rstrip(), []).append(str(rank))
+    if len(held) > 1:
+        got = " and ".join(
+            f"{what} on rank{'s' if len(where) > 1 else ''} {', '.join(where)}"
+            for what, where in held.items()
+        )
+        raise ValueError(
+            f"Expected the same state on every rank, but got {got}. "
+            "Create it with the same settings in every process."
+        )
+
+
+def _sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over all ranks in a new tensor, of the same bits on each."""
+    ranks = _ranks(group)
+    if not ranks:
+        return values.detach().clone()
+    dtype = torch.float64 if values.is_floating_point() else torch.int64
+    total = values.detach().to(_meeting_place(values.device, group))
+    total = total.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    # No backend promises that an all-reduce of floats adds up in the same order on every rank. So
+    # one rank receives the sum and hands it out; unlike after an all-gather, which would also do,
+    # memory and traffic of a rank do not grow with their number.
+    dist.reduce(total, dst=ranks[0], group=group)
+    dist.broadcast(total, src=ranks[0], group=group)
+    return total.to(values)
+
+
+def _meeting_place(device: torch.device, group: dist.ProcessGroup | None) -> torch.device:
+    """Where a group exchanges what lives on a device: NCCL on a GPU only, gloo on the CPU.
+
+    With either of them this kind of device depends on the group alone, so that ranks whose states
+    live on different devices meet.
+    """
+    backends = dist.get_backend_config(group)
+    if "nccl" in backends and torch.cuda.is_available():
+        return device if device.type == "cuda" else torch.device("cuda")
+    return torch.device("cpu") if "gloo" in backends else device

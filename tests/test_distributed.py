@@ -1,0 +1,469 @@
+"""Sums, anchors and evaluation over spawned gloo ranks, against one process that sees it all.
+
+Importing torch costs each process seconds, so there is one spawn per number of ranks: every rank
+runs `rank_main`, which does everything below once and saves a report, and the tests read those.
+"""
+
+import copy
+import inspect
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+import anchorda
+from anchorda import CategoryAnchors, ClassSums, ConfusionMatrix, PseudoLabelQuality
+from anchorda.calibration import ScoreCalibrator
+from anchorda.distributed import _meeting_place, all_reduce, all_reduce_class_sums
+from tests.oracles import draw, lay_out
+
+Batch = tuple[Tensor, Tensor]
+Report = dict[str, Any]
+Counting = ConfusionMatrix | PseudoLabelQuality | ScoreCalibrator
+
+SECONDS = 120  # A hang is a failure: of a collective after half of this, of a rank after all.
+TOLERANCE = 1e-12
+OPTIONS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "capped": {"max_count": 10},
+    "moving": {"momentum": 0.25},
+}
+# Batches of ranks 0 to 3, never as many on each; the second time some rank has seen nothing.
+SHARES = {"uneven": [2, 1, 3, 1], "one empty": [0, 2, 1, 3]}
+COUNTING: list[type[Counting]] = [ConfusionMatrix, PseudoLabelQuality, ScoreCalibrator]
+
+
+def batch_of(rank: int, world: int, number: int, images: int = 2) -> Batch:
+    """Drawn the same in any process. Class 3 is on the last rank only, class 4 on none."""
+    torch.manual_seed(100 * rank + number)
+    drawn = draw((images, 4, 5 + rank), num_classes=5)
+    absent = (drawn.labels == 4) | ((drawn.labels == 3) & (rank != world - 1))
+    return drawn.features, drawn.labels.masked_fill(absent, 255)
+
+
+def stream_of(rank: int, world: int, share: str) -> list[Batch]:
+    return [batch_of(rank, world, number) for number in range(SHARES[share][rank])]
+
+
+def step_of(rank: int, world: int, number: int) -> Batch:
+    """One rank's part of a global batch; rank 1 has no image in the second."""
+    return batch_of(rank, world, 10 + number, images=0 if (rank, number) == (1, 1) else rank + 1)
+
+
+def accumulated(batches: list[Batch], options: dict[str, Any] | None = None) -> CategoryAnchors:
+    anchors = CategoryAnchors(5, 3, **(options or {}))
+    for features, labels in batches:
+        anchors.update(features, labels)
+    return anchors
+
+
+def counted(kind: type[Counting], batches: list[Batch]) -> Counting:
+    state = kind(5)
+    for features, labels in batches:
+        if isinstance(state, ScoreCalibrator):
+            state.update(labels, features[:, 0].abs(), truth=labels.roll(1))
+        else:
+            state.update(labels.roll(1), labels)
+    return state
+
+
+def sums_of(batches: list[Batch]) -> ClassSums:
+    sums, counts = torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    for features, labels in batches:
+        part = anchorda.class_sums(features, labels, 5)
+        sums += part.sums
+        counts += part.counts
+    return ClassSums(sums, counts)
+
+
+def disagreeing(odd: bool) -> dict[str, Callable[[], None]]:
+    """Calls in which one rank differs from the others."""
+    states: dict[str, Any] = {
+        "classes": CategoryAnchors(4 if odd else 5, 3),
+        "dim": CategoryAnchors(5, 2 if odd else 3),
+        "max_count": CategoryAnchors(5, 3, max_count=7 if odd else 8),
+        "momentum": CategoryAnchors(5, 3, momentum=0.1 if odd else None),
+        "kind": PseudoLabelQuality(5) if odd else ConfusionMatrix(5),
+        "evaluated classes": ConfusionMatrix(4 if odd else 5),
+        "anchors and evaluation": CategoryAnchors(5, 3) if odd else ScoreCalibrator(5),
+    }
+    sums, counts = torch.zeros(5, 4 if odd else 3), torch.zeros(5, dtype=torch.int64)
+    half = torch.zeros(5, 3, dtype=torch.float16 if odd else torch.float64)
+    calls: dict[str, Callable[[], None]] = {
+        name: lambda state=state: all_reduce(state)  # type: ignore[misc]
+        for name, state in states.items()
+    }
+    calls["shape of sums"] = lambda: _discard(all_reduce_class_sums(ClassSums(sums, counts)))
+    calls["dtype of sums"] = lambda: _discard(all_reduce_class_sums(ClassSums(half, counts)))
+    return calls
+
+
+def _discard(_: ClassSums) -> None: ...
+
+
+def message_of(call: Callable[[], None]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def rank_main(rank: int, world: int, folder: Path) -> None:
+    """Everything that needs a group, on one rank."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "store").as_uri(),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=SECONDS / 2),
+    )
+    report: Report = {}
+    for share in SHARES:
+        _report_share(report, rank, world, share)
+    _report_steps(report, rank, world)
+    for name, call in disagreeing(odd=rank == 1).items():
+        report[f"disagreeing {name}"] = message_of(call)
+    report["wrong kind"] = message_of(lambda: all_reduce(nn.Linear(1, 1)))  # type: ignore[arg-type]
+    _report_subgroup(report, rank, world)
+    if world == 2:
+        _report_parallel(report, rank)
+    torch.save(report, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _report_share(report: Report, rank: int, world: int, share: str) -> None:
+    stream = stream_of(rank, world, share)
+    sums = sums_of(stream)
+    if rank == 1:  # in another memory layout than the other ranks
+        sums = ClassSums(lay_out(sums.sums, "transposed"), sums.counts)
+    before = sums.sums.clone(), sums.counts.clone()
+    report[f"{share} sums"], report[f"{share} counts"] = all_reduce_class_sums(sums)
+    assert torch.equal(sums.sums, before[0])
+    assert torch.equal(sums.counts, before[1])
+    half = all_reduce_class_sums(ClassSums(sums.sums.half(), sums.counts.to(torch.uint8)))
+    report[f"{share} half sums"] = half.sums
+    report[f"{share} half counts"] = half.counts
+    for name, options in OPTIONS.items():
+        anchors = accumulated(stream, options)
+        report[f"local {share} {name} means"] = anchors.means.clone()
+        report[f"local {share} {name} counts"] = anchors.counts.clone()
+        all_reduce(anchors)
+        report[f"{share} {name} means"] = anchors.means.clone()
+        report[f"{share} {name} counts"] = anchors.counts.clone()
+        anchors.update(*batch_of(0, world, 50))
+        report[f"{share} {name} means after"] = anchors.means
+        report[f"{share} {name} counts after"] = anchors.counts
+    for kind in COUNTING:
+        state = counted(kind, stream)
+        all_reduce(state)
+        report[f"{share} {kind.__name__}"] = state.counts
+
+
+def _report_steps(report: Report, rank: int, world: int) -> None:
+    for name, options in OPTIONS.items():
+        anchors = CategoryAnchors(5, 3, **options)
+        for number in range(3):
+            sums = anchorda.class_sums(*step_of(rank, world, number), 5)
+            anchors.update_sums(*all_reduce_class_sums(sums))
+        report[f"steps {name} means"], report[f"steps {name} counts"] = (
+            anchors.means,
+            anchors.counts,
+        )
+
+
+def _report_subgroup(report: Report, rank: int, world: int) -> None:
+    """All ranks but the first."""
+    group = dist.new_group(list(range(1, world)))
+    anchors = accumulated([batch_of(rank, world, 0)])
+    untouched = copy.deepcopy(anchors)
+    report["subgroup"] = message_of(lambda: all_reduce(anchors, group=group))
+    if rank == 0:
+        assert torch.equal(anchors.means, untouched.means)
+        assert torch.equal(anchors.counts, untouched.counts)
+        sums = ClassSums(anchors.means, anchors.counts)
+        report["subgroup sums"] = message_of(
+            lambda: _discard(all_reduce_class_sums(sums, group=group))
+        )
+    else:
+        report["subgroup means"], report["subgroup counts"] = anchors.means, anchors.counts
+        odd = ConfusionMatrix(4 if rank == 1 else 5)
+        report["subgroup disagreeing"] = message_of(lambda: all_reduce(odd, group=group))
+
+
+class Network(nn.Module):
+    """A layer and, as buffers, the anchors of what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.anchors = CategoryAnchors(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features, without an update."""
+        features: Tensor = self.layer(x)
+        return features
+
+
+def _report_parallel(report: Report, rank: int) -> None:
+    """Three training steps of four pixels of class 0 on rank 0, of class 1 on rank 1."""
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in arguments
+    off = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    settings: dict[str, tuple[bool, dict[str, Any]]] = {
+        "inside": (True, {}),
+        "outside": (False, {}),
+        "not broadcast": (True, off),
+    }
+    for name, (inside, options) in settings.items():
+        network = Network()
+        parallel = DistributedDataParallel(network, **options)
+        anchors = network.anchors if inside else CategoryAnchors(2, 3)
+        for _ in range(3):
+            features = parallel(torch.randn(4, 3))
+            anchors.update(features, torch.full((4,), rank))
+            features.sum().backward()
+        all_reduce(anchors)
+        report[f"parallel {name}"] = anchors.counts
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def reports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[Report]:
+    """What each rank has reported."""
+    world, folder = request.param, tmp_path_factory.mktemp("ranks")
+    context = spawn(rank_main, (world, folder), world, join=False)
+    deadline = time.monotonic() + SECONDS
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{world} ranks have not finished within {SECONDS} s")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def assert_same(report: Report, name: str, expected: CategoryAnchors, after: str = "") -> None:
+    assert torch.equal(report[f"{name} counts{after}"], expected.counts)
+    torch.testing.assert_close(
+        report[f"{name} means{after}"], expected.means, rtol=TOLERANCE, atol=0
+    )
+
+
+def whole(world: int, share: str) -> list[Batch]:
+    return [batch for rank in range(world) for batch in stream_of(rank, world, share)]
+
+
+def test_every_rank_has_the_same_bits(reports: list[Report]) -> None:
+    shared = [
+        name
+        for name, value in reports[0].items()
+        if isinstance(value, Tensor) and not name.startswith(("local", "subgroup"))
+    ]
+    assert len(shared) > 30
+    for name in shared:
+        for other in reports[1:]:
+            assert other[name].dtype == reports[0][name].dtype
+            bits = (report[name].contiguous().view(torch.uint8) for report in (reports[0], other))
+            assert torch.equal(*bits), name
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_sums_are_those_of_one_process(reports: list[Report], share: str) -> None:
+    expected = sums_of(whole(len(reports), share))
+    assert reports[0][f"{share} sums"].dtype == torch.float64
+    assert torch.equal(reports[0][f"{share} counts"], expected.counts)
+    torch.testing.assert_close(reports[0][f"{share} sums"], expected.sums, rtol=TOLERANCE, atol=0)
+    half = [sums_of(stream_of(r, len(reports), share)).sums.half() for r in range(len(reports))]
+    exact = torch.stack(half).double().sum(dim=0)
+    assert torch.equal(reports[0][f"{share} half sums"], exact.half())
+    assert torch.equal(reports[0][f"{share} half counts"], expected.counts)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_anchors_are_those_of_one_process(reports: list[Report], share: str) -> None:
+    world = len(reports)
+    expected = accumulated(whole(world, share))
+    assert expected.seen.tolist() == [True, True, True, True, False]
+    assert_same(reports[0], f"{share} exact", expected)
+    # What one rank alone has seen keeps its bits.
+    alone = reports[-1][f"local {share} exact means"][3]
+    assert torch.equal(reports[0][f"{share} exact means"][3], alone)
+    expected.update(*batch_of(0, world, 50))
+    assert_same(reports[0], f"{share} exact", expected, " after")
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", ["capped", "moving"])
+def test_forgetful_anchors_are_weighed_by_their_counts(
+    reports: list[Report], share: str, name: str
+) -> None:
+    local = [
+        (report[f"local {share} {name} means"], report[f"local {share} {name} counts"])
+        for report in reports
+    ]
+    expected = CategoryAnchors(5, 3, **OPTIONS[name])
+    for c in range(5):
+        total = sum(int(counts[c]) for _, counts in local)
+        if total:
+            blend = sum(counts[c].double() * means[c] for means, counts in local) / total
+            expected.means[c] = torch.as_tensor(blend)
+            expected.counts[c] = min(total, OPTIONS[name].get("max_count", total))
+    if name == "capped" and share == "uneven":
+        assert any(sum(int(counts[c]) for _, counts in local) > 10 for c in range(5))
+    assert_same(reports[0], f"{share} {name}", expected)
+    expected.update(*batch_of(0, len(reports), 50))
+    assert_same(reports[0], f"{share} {name}", expected, " after")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_sums_of_every_batch_give_what_the_global_batch_gives(
+    reports: list[Report], name: str
+) -> None:
+    world, expected = len(reports), CategoryAnchors(5, 3, **OPTIONS[name])
+    for number in range(3):
+        parts = [step_of(rank, world, number) for rank in range(world)]
+        features = torch.cat([x.movedim(1, -1).reshape(-1, 3) for x, _ in parts])
+        expected.update(features, torch.cat([y.flatten() for _, y in parts]))
+    assert_same(reports[0], f"steps {name}", expected)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", COUNTING)
+def test_counts_are_those_of_one_process(
+    reports: list[Report], share: str, kind: type[Counting]
+) -> None:
+    expected = counted(kind, whole(len(reports), share))
+    assert expected.counts.any()
+    assert torch.equal(reports[0][f"{share} {kind.__name__}"], expected.counts)
+
+
+ANCHORS = "CategoryAnchors(num_classes={}, feature_dim={}, max_count={}, momentum={})"
+SUMS = "ClassSums(sums=({}, {}) torch.{}, counts=(5,) torch.int64)"
+
+
+@pytest.mark.parametrize(
+    ("what", "most", "odd"),
+    [
+        ("classes", ANCHORS.format(5, 3, None, None), ANCHORS.format(4, 3, None, None)),
+        ("dim", ANCHORS.format(5, 3, None, None), ANCHORS.format(5, 2, None, None)),
+        ("max_count", ANCHORS.format(5, 3, 8, None), ANCHORS.format(5, 3, 7, None)),
+        ("momentum", ANCHORS.format(5, 3, None, None), ANCHORS.format(5, 3, None, 0.1)),
+        ("kind", "ConfusionMatrix(num_classes=5)", "PseudoLabelQuality(num_classes=5)"),
+        (
+            "evaluated classes",
+            "ConfusionMatrix(num_classes=5)",
+            "ConfusionMatrix(num_classes=4)",
+        ),
+        (
+            "anchors and evaluation",
+            "ScoreCalibrator(num_classes=5)",
+            ANCHORS.format(5, 3, None, None),
+        ),
+        ("shape of sums", SUMS.format(5, 3, "float32"), SUMS.format(5, 4, "float32")),
+        ("dtype of sums", SUMS.format(5, 3, "float64"), SUMS.format(5, 3, "float16")),
+    ],
+)
+def test_every_rank_hears_of_a_disagreement(
+    reports: list[Report], what: str, most: str, odd: str
+) -> None:
+    where = {2: "rank 0", 3: "ranks 0, 2", 4: "ranks 0, 2, 3"}[len(reports)]
+    message = (
+        f"ValueError: Expected the same state on every rank, but got {most} on {where} and "
+        f"{odd} on rank 1. Create it with the same settings in every process."
+    )
+    assert [report[f"disagreeing {what}"] for report in reports] == [message] * len(reports)
+
+
+def test_a_group_is_its_processes_only(reports: list[Report]) -> None:
+    world = len(reports)
+    expected = accumulated([batch_of(rank, world, 0) for rank in range(1, world)])
+    message = "ValueError: Expected a process that is in `group`, but got rank 0, which is not."
+    assert reports[0]["subgroup"].startswith(message)
+    assert reports[0]["subgroup sums"].startswith(message)
+    for report in reports[1:]:
+        assert report["subgroup"] == "no error"
+        assert_same(report, "subgroup", expected)
+        assert torch.equal(report["subgroup means"], reports[1]["subgroup means"])
+        got = report["subgroup disagreeing"]
+        assert got == "no error" if world == 2 else "num_classes=4) on rank 1 and" in got
+
+
+@pytest.mark.parametrize("reports", [2], indirect=True)
+def test_parallel_training_loses_anchors_inside_of_the_wrapped_module(
+    reports: list[Report],
+) -> None:
+    # Rank 0 has its three batches, rank 1 the first two of rank 0 and its own last.
+    assert reports[0]["parallel inside"].tolist() == [12 + 8, 4]
+    for report in reports:
+        assert report["parallel outside"].tolist() == [12, 12]
+        assert report["parallel not broadcast"].tolist() == [12, 12]
+
+
+KINDS = "CategoryAnchors, ConfusionMatrix, PseudoLabelQuality, ScoreCalibrator"
+
+
+def test_wrong_kinds_are_rejected(reports: list[Report]) -> None:
+    for report in reports:
+        message = f"TypeError: Expected `state` to be one of {KINDS}, but got Linear."
+        assert report["wrong kind"] == message
+
+
+def test_a_single_process_needs_no_group() -> None:
+    stream = stream_of(0, 2, "uneven")
+    given = sums_of(stream)
+    sums, counts = all_reduce_class_sums(given)
+    assert torch.equal(sums, given.sums)
+    assert torch.equal(counts, given.counts)
+    sums.zero_()
+    counts.zero_()
+    assert given.sums.any()
+    assert given.counts.any()
+    for options in OPTIONS.values():
+        anchors = accumulated(stream, options)
+        before = copy.deepcopy(anchors)
+        all_reduce(anchors)
+        assert torch.equal(anchors.means, before.means)
+        assert torch.equal(anchors.counts, before.counts)
+    for kind in COUNTING:
+        state = counted(kind, stream)
+        expected = state.counts.clone()
+        all_reduce(state)
+        assert torch.equal(state.counts, expected)
+    with pytest.raises(TypeError, match=f"Expected `state` to be one of {KINDS}, but got Tensor"):
+        all_reduce(torch.zeros(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Expected `class_sums` to be ClassSums, but got tuple"):
+        all_reduce_class_sums((sums, counts))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backends", "cuda", "local", "expected"),
+    [
+        ("cpu:gloo,cuda:gloo", True, "cuda:1", "cpu"),
+        ("cpu:gloo,cuda:gloo", False, "cpu", "cpu"),
+        ("cuda:nccl", True, "cuda:1", "cuda:1"),
+        ("cuda:nccl", True, "cpu", "cuda"),
+        ("cpu:gloo,cuda:nccl", True, "cuda:1", "cuda:1"),
+        ("cpu:gloo,cuda:nccl", True, "cpu", "cuda"),
+        ("cpu:gloo,cuda:nccl", False, "cpu", "cpu"),
+        ("cpu:mpi,cuda:mpi", True, "cuda:1", "cuda:1"),
+    ],
+)
+def test_where_ranks_meet(
+    monkeypatch: pytest.MonkeyPatch, backends: str, cuda: bool, local: str, expected: str
+) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert _meeting_place(torch.device(local), None) == torch.device(expected)
