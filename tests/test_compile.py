@@ -22,6 +22,8 @@ _accumulator = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
 _other = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
 _confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
 _quality = anchorda.PseudoLabelQuality(NUM_CLASSES)
+_calibrator = anchorda.ScoreCalibrator(NUM_CLASSES)
+_everything = anchorda.AnchorPseudoLabeler(float("-inf"))
 
 
 def _update_anchors(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
@@ -44,6 +46,14 @@ def _evaluate(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor)
     return [_confusion.iou(), _confusion.mean_iou(), _confusion.accuracy(), *ratios]
 
 
+def _calibrate(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> list[Tensor]:
+    del logits
+    _calibrator.reset()
+    nearest, margins = _everything(features, anchors)
+    _calibrator.update(nearest, margins, labels)
+    return [_calibrator.min_score_for_coverage(0.5), *_calibrator.curve()]
+
+
 def _combine(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
     first, second = _margins(features, anchors).labels, _probabilities(logits).labels
     agreed = anchorda.combine_pseudo_labels(first, second)
@@ -64,6 +74,9 @@ CASES: dict[str, Case] = {
     "combine": _combine,
     "CategoryAnchors": _update_anchors,
     "evaluation": _evaluate,
+    "ScoreCalibrator": _calibrate,
+    "margin_limits": lambda x, y, z, a: anchorda.margin_limits(a),
+    "anchor_health": lambda x, y, z, a: anchorda.anchor_health(a, y[:, 0, 0].sum().expand(4)).drift,
     "euclidean": lambda x, y, z, a: anchorda.AnchorDistanceLoss()(x, y, a),
     "squared": lambda x, y, z, a: anchorda.AnchorDistanceLoss("squared")(x, y, a),
     "smooth_l1": lambda x, y, z, a: anchorda.AnchorDistanceLoss("smooth_l1", average="class")(
@@ -182,7 +195,7 @@ def test_operators_keep_the_rules(
 def test_results_on_the_meta_device_have_the_shapes_and_dtypes_of_real_ones() -> None:
     inputs = [t.detach() for t in arguments()]
     for name, case in CASES.items():
-        if name in ("CategoryAnchors", "evaluation", "margins", "combine"):
+        if name in ("CategoryAnchors", "ScoreCalibrator", "evaluation", "margins", "combine"):
             continue  # Their state is made on the CPU.
         real, fake = tensors(case(*inputs)), tensors(case(*(t.to("meta") for t in inputs)))
         assert [(r.shape, r.dtype) for r in real] == [(f.shape, f.dtype) for f in fake], name

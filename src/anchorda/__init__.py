@@ -1,5 +1,6 @@
 """Class anchors for domain adaptation: centroids, pseudo-labels by distance to them, and losses."""
 
+from . import released as released
 from .anchors import (
     CategoryAnchors,
     ClassSums,
@@ -8,6 +9,15 @@ from .anchors import (
     keep_correct,
     resize_labels,
 )
+from .calibration import (
+    AnchorHealth,
+    PrecisionCoverage,
+    ScoreCalibrator,
+    anchor_health,
+    margin_limits,
+    warn_unreachable_margins,
+)
+from .distributed import all_reduce, all_reduce_class_sums
 from .evaluation import ConfusionMatrix, PseudoLabelQuality
 from .losses import (
     AnchorContrastiveLoss,
@@ -24,27 +34,38 @@ from .pseudo_labels import (
     anchor_distances,
     combine_pseudo_labels,
 )
+from .stages import StageLabeler, StageLabels
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AnchorContrastiveLoss",
     "AnchorDistanceLoss",
+    "AnchorHealth",
     "AnchorPseudoLabeler",
     "CategoryAnchors",
     "ClassSums",
     "ConfusionMatrix",
     "DiscriminativeLoss",
+    "PrecisionCoverage",
     "ProbabilityPseudoLabeler",
     "PseudoLabelQuality",
     "PseudoLabels",
+    "ScoreCalibrator",
+    "StageLabeler",
+    "StageLabels",
+    "all_reduce",
+    "all_reduce_class_sums",
     "anchor_contrastive_loss",
     "anchor_distance_loss",
     "anchor_distances",
+    "anchor_health",
     "class_sums",
     "combine_pseudo_labels",
     "discriminative_loss",
     "image_centroids",
     "keep_correct",
+    "margin_limits",
     "resize_labels",
+    "warn_unreachable_margins",
 ]

@@ -1,0 +1,269 @@
+"""What a stage holds fixed stays fixed, and labels as its parts would by hand."""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import anchorda
+from anchorda import (
+    AnchorPseudoLabeler,
+    CategoryAnchors,
+    ProbabilityPseudoLabeler,
+    StageLabeler,
+    combine_pseudo_labels,
+    keep_correct,
+    resize_labels,
+)
+
+NUM_CLASSES, DIM = 3, 5
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class Network(nn.Module):
+    """Everything that differs between training and evaluation, at half the resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, DIM, 3, stride=2, padding=1), nn.BatchNorm2d(DIM), nn.Dropout(0.5)
+        )
+        self.classifier = nn.Conv2d(DIM, NUM_CLASSES, 1, bias=False)
+        nn.init.orthogonal_(self.classifier.weight)  # So that every class is predicted somewhere.
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        features = self.layers(images)
+        return features, self.classifier(features)
+
+
+def draw_source() -> Batches:
+    labels = torch.tensor([0, 1, 2, 255])
+    return [(torch.randn(2, 3, 8, 6), labels[torch.randint(4, (2, 16, 12))]) for _ in range(3)]
+
+
+def draw_network() -> Network:
+    network = Network()
+    for images, _ in draw_source():
+        network(images)  # Running statistics that are not the initial ones.
+    return network
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+def by_hand(network: Network, source: Batches) -> Tensor:
+    """The centroids of a network in evaluation mode."""
+    evaluated = copy.deepcopy(network).eval()
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    with torch.no_grad():
+        for images, labels in source:
+            features, logits = evaluated(images)
+            anchors.update(features, keep_correct(resize_labels(labels, (4, 3)), logits))
+    return anchors.compute()
+
+
+@pytest.fixture
+def network() -> Network:
+    return draw_network()
+
+
+@pytest.fixture
+def source() -> Batches:
+    return draw_source()
+
+
+@pytest.fixture
+def stage(network: Network, source: Batches) -> StageLabeler:
+    return StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
+
+
+def test_anchors_are_those_of_the_frozen_network(network: Network, source: Batches) -> None:
+    before = bits(network)
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    # A generator: the source is gone through once.
+    stage = StageLabeler.from_source(network, (batch for batch in source), anchors)
+    assert torch.equal(stage.centroids, by_hand(network, source))
+    assert torch.equal(stage.centroids, anchors.compute())
+    assert_equal(bits(network), before)
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_settings_of_the_accumulator_are_the_callers(network: Network, source: Batches) -> None:
+    moving = CategoryAnchors(NUM_CLASSES, DIM, momentum=1.0)
+    stage = StageLabeler.from_source(network, source, moving)
+    last = by_hand(network, source[-1:])
+    assert torch.equal(stage.centroids[last.isfinite()], last[last.isfinite()])
+    assert not torch.equal(stage.centroids, by_hand(network, source))
+
+
+@pytest.mark.parametrize("rule", ["anchor", "probability", "agree", "union"])
+def test_labels_are_those_of_the_parts(rule: str, network: Network, source: Batches) -> None:
+    by_anchor, by_probability = AnchorPseudoLabeler(0.1), ProbabilityPseudoLabeler(0.5)
+    stage = StageLabeler.from_source(
+        network, source, CategoryAnchors(NUM_CLASSES, DIM),
+        by_anchor=by_anchor, by_probability=by_probability, rule=rule,  # type: ignore[arg-type]
+    )  # fmt: skip
+    images = torch.randn(2, 3, 8, 6)
+    result = stage(images)
+    with torch.no_grad():
+        features, logits = copy.deepcopy(network).eval()(images)
+    first, second = by_anchor(features, stage.centroids), by_probability(logits)
+    expected = {
+        "anchor": first.labels,
+        "probability": second.labels,
+        "agree": combine_pseudo_labels(first.labels, second.labels, "agree"),
+        "union": combine_pseudo_labels(first.labels, second.labels, "union"),
+    }
+    assert len({tuple(labels.flatten().tolist()) for labels in expected.values()}) == 4
+    assert torch.equal(result.labels, expected[rule])
+    for actual, wanted in ((result.by_anchor, first), (result.by_probability, second)):
+        assert torch.equal(actual.labels, wanted.labels)
+        assert torch.equal(actual.scores, wanted.scores)
+
+
+def test_nothing_that_happens_later_changes_the_labels(
+    network: Network, source: Batches, stage: StageLabeler
+) -> None:
+    images = torch.randn(2, 3, 8, 6)
+    before, state = stage(images), bits(stage)
+    parent = nn.ModuleDict({"network": network, "stage": stage}).train()
+    optimizer = torch.optim.SGD([p for p in parent.parameters() if p.requires_grad], lr=1.0)
+    for batch, _ in source:
+        network(batch)[1].square().mean().backward()
+        optimizer.step()
+    after = stage(images)
+    assert torch.equal(after.by_anchor.scores, before.by_anchor.scores)
+    assert torch.equal(after.by_probability.scores, before.by_probability.scores)
+    assert_equal(bits(stage), state)
+    assert stage.training
+    assert not any(module.training for module in stage.network.modules())
+
+
+def test_no_gradients(stage: StageLabeler) -> None:
+    assert not any(parameter.requires_grad for parameter in stage.parameters())
+    for result in (stage(torch.randn(1, 3, 8, 6, requires_grad=True)).by_probability, stage(
+        torch.randn(1, 3, 8, 6, requires_grad=True)).by_anchor):  # fmt: skip
+        assert not result.scores.requires_grad
+
+
+def test_labelers_are_copies(network: Network, stage: StageLabeler) -> None:
+    labeler = AnchorPseudoLabeler(1.0)
+    held = StageLabeler(network, stage.centroids, by_anchor=labeler)
+    labeler.min_margin.fill_(9.0)
+    stage.centroids.fill_(9.0)
+    assert held.by_anchor.min_margin == 1.0
+    assert not (held.centroids == 9.0).any()
+
+
+def test_calibrated_minimums_are_assigned(source: Batches, stage: StageLabeler) -> None:
+    calibrator = anchorda.ScoreCalibrator(NUM_CLASSES)
+    for images, _ in source:
+        calibrator.update(*stage(images).by_anchor)
+    stage.by_anchor = AnchorPseudoLabeler(calibrator.min_score_for_coverage(0.5))
+    coverage = torch.stack([stage(images).labels for images, _ in source]) < NUM_CLASSES
+    assert 0.5 <= coverage.double().mean().item() < 0.7
+
+
+def test_state_survives_a_file(stage: StageLabeler, tmp_path: Path) -> None:
+    stage.by_anchor = AnchorPseudoLabeler(torch.tensor([0.1, 0.2, math.inf]))
+    stage.by_probability = ProbabilityPseudoLabeler(0.4)
+    torch.save(stage.state_dict(), tmp_path / "stage.pt")
+    # Built from what is known without the source; the minimums' shapes are the file's.
+    restored = StageLabeler(Network(), torch.full((NUM_CLASSES, DIM), torch.nan))
+    restored.load_state_dict(torch.load(tmp_path / "stage.pt", weights_only=True))
+    images = torch.randn(2, 3, 8, 6)
+    for actual, wanted in zip(restored(images)[1:], stage(images)[1:], strict=True):
+        assert torch.equal(actual.labels, wanted.labels)
+        assert torch.equal(actual.scores, wanted.scores)
+    assert_equal(bits(restored), bits(stage))
+
+
+def test_a_cast_reaches_the_network_and_not_the_state(stage: StageLabeler) -> None:
+    centroids = stage.centroids.clone()
+    nn.ModuleList([stage]).half()
+    assert stage.network.get_parameter("classifier.weight").dtype == torch.float16
+    assert torch.equal(stage.centroids, centroids)
+    assert stage(torch.randn(1, 3, 8, 6).half()).by_anchor.scores.dtype == torch.float32
+    stage.to("meta")
+    assert all(value.is_meta for value in stage.state_dict().values())
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_wrapped_networks_are_unwrapped(network: Network, source: Batches) -> None:
+    expected = by_hand(network, source)
+    parallel = nn.parallel.DistributedDataParallel(network)
+    compiled = torch.compile(network, backend="eager")
+    for wrapped in (parallel, compiled, torch.compile(parallel, backend="eager")):
+        assert isinstance(wrapped, nn.Module)
+        stage = StageLabeler.from_source(wrapped, source, CategoryAnchors(NUM_CLASSES, DIM))
+        assert type(stage.network) is Network
+        assert torch.equal(stage.centroids, expected)
+    network.compile(backend="eager")
+    stage = StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
+    assert torch.equal(stage.centroids, expected)
+
+
+def test_other_networks_through_a_function(network: Network, source: Batches) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = network
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            features, logits = self.inside(images)
+            return {"logits": logits, "features": features}
+
+    def extract(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = module(images)
+        return outputs["features"], outputs["logits"]
+
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    stage = StageLabeler.from_source(Wrapped(), source, anchors, extract=extract)
+    assert torch.equal(stage.centroids, by_hand(network, source))
+    assert stage(torch.randn(1, 3, 8, 6)).labels.shape == (1, 4, 3)
+
+
+def test_labeling_traces_whole(stage: StageLabeler) -> None:
+    images = torch.randn(2, 3, 8, 6)
+    expected = stage(images)
+    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images).labels, expected.labels)
+    torch._dynamo.reset()
+
+
+def test_wrong_arguments_are_named(network: Network, stage: StageLabeler, source: Batches) -> None:
+    with pytest.raises(ValueError, match=r"Expected `centroids` of shape \(C, D\)"):
+        StageLabeler(network, torch.zeros(DIM))
+    with pytest.raises(ValueError, match="Expected `rule` to be one of 'anchor', 'probability'"):
+        StageLabeler(network, stage.centroids, rule="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="of one ignore_index, but got 250 and 255"):
+        StageLabeler(network, stage.centroids, by_anchor=AnchorPseudoLabeler(ignore_index=250))
+    with pytest.raises(ValueError, match="Set feature_dim=5"):
+        StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM + 1))
+
+
+def test_a_source_without_a_right_pixel_is_an_error(network: Network) -> None:
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    with pytest.raises(ValueError, match="of no class was a single pixel classified right"):
+        StageLabeler.from_source(network, [], anchors)
+    ignored = torch.full((1, 8, 6), 255)
+    with pytest.raises(ValueError, match="of no class was a single pixel classified right"):
+        StageLabeler.from_source(network, [(torch.randn(1, 3, 8, 6), ignored)], anchors)
