@@ -1,33 +1,22 @@
 """The network: what the method asks of one, and a small one that a CPU can train."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 
-class Segmenter(Protocol):
-    """What training asks of a network: an ``nn.Module`` that returns features and logits."""
+class Segmenter(nn.Module):
+    """What training asks of a network: any module with this attribute and this forward."""
 
     feature_dim: int
+    """D, the channels of the features that the classifier sees."""
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, D, h, w) and logits (N, C, h, w) of images (N, 3, H, W) in [0, 1]."""
-        ...
-
-    # The rest every nn.Module has.
-    def train(self) -> Self: ...  # noqa: D102
-    def eval(self) -> Self: ...  # noqa: D102
-    def requires_grad_(self, requires_grad: bool) -> Self: ...  # noqa: D102
-    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
-    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object: ...  # noqa: D102
+        raise NotImplementedError
 
 
-class SmallSegmenter(nn.Module):
+class SmallSegmenter(Segmenter):
     """A residual encoder to stride 16 and a decoder back to stride 4, 1.5 million parameters.
 
     Args:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from records import write_atomically
 from torch import Tensor
 
-from anchorda import anchor_distances
+from anchorda import ScoreCalibrator, anchor_distances
 
 _DPI = 150
 _FAINT = "0.75"  # the gray of grid lines
@@ -195,6 +196,43 @@ def save_anchor_distances(path: Path, centroids: Tensor) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
     figure.colorbar(heat, label="distance between anchors", shrink=0.8)
+    _save(figure, path)
+
+
+def save_margin_curves(path: Path, margins: Mapping[str, ScoreCalibrator], minimum: Tensor) -> None:
+    """Draw precision against coverage of each class's labels as its minimum margin rises.
+
+    Args:
+        path: The picture.
+        margins: The margins by domain.
+        minimum: () or (19,), the minimum that was used: a dot on each curve.
+    """
+    curves = {domain: calibrator.curve() for domain, calibrator in margins.items()}
+    known = [curve.precision.isfinite().any(dim=1) for curve in curves.values()]
+    classes = [c for c in range(NUM_CLASSES) if any(bool(k[c]) for k in known)]
+    columns = 5
+    rows = max(1, math.ceil(len(classes) / columns))
+    figure = Figure((2.4 * columns, 0.6 + 2.2 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    minimum = minimum.cpu().expand(NUM_CLASSES).contiguous()
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, c in zip(grid.flat, classes, strict=False):
+        axes.set_axis_on()
+        left_out = minimum[c] == math.inf
+        axes.set_title(CLASS_NAMES[c] + (", left out" if left_out else ""), fontsize=10)
+        axes.grid(color=_FAINT, linewidth=0.5)
+        for index, curve in enumerate(curves.values()):
+            x, y = 100 * curve.coverage[c].cpu(), 100 * curve.precision[c].cpu()
+            axes.plot(x, y, color=f"C{index}", linewidth=1.4)
+            if not left_out:
+                at = torch.searchsorted(curve.min_scores.cpu(), minimum[c])
+                axes.plot(x[at], y[at], "o", color=f"C{index}", markersize=5)
+    grid[0, 0].set(xlim=(0, 102), ylim=(0, 102))
+    figure.supxlabel("coverage (%)", fontsize=10)
+    figure.supylabel("precision (%)", fontsize=10)
+    handles = [Patch(color=f"C{index}", label=domain) for index, domain in enumerate(curves)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     _save(figure, path)
 
 

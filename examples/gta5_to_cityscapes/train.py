@@ -10,16 +10,18 @@ where they exist they tell, after the fact, how good the pseudo-labels were.
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from augment import photometric
-from classes import NUM_CLASSES
+from classes import CLASS_NAMES, NUM_CLASSES
 from network import Segmenter, SmallSegmenter
 from readers import (
     DatasetError,
@@ -37,10 +39,11 @@ from report import (
     save_anchor_distances,
     save_curves,
     save_label_quality,
+    save_margin_curves,
     save_panels,
 )
 from synthetic import write_synthetic_pair
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
@@ -97,8 +100,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add(
         "--margin",
         type=_margin,
-        default="quantile:0.8",
-        help="minimum margin of anchor labels: a number, or quantile:Q of each class's margins",
+        default="precision:0.9",
+        help="minimum margin of anchor labels: a number; coverage:Q, by class, on the target; or "
+        "precision:P, by class, on the source",
     )
     add("--probability", type=_fraction, default=0.95, help="minimum of probability labels")
     add("--distance-weight", type=float, default=0.02, help="weight of the distance loss")
@@ -149,13 +153,14 @@ def _fraction(text: str) -> float:
 
 
 def _margin(text: str) -> str:
+    rule, colon, number = text.partition(":")
     try:
-        if text.startswith("quantile:"):
-            _fraction(text.removeprefix("quantile:"))
+        if colon and rule in ("coverage", "precision"):
+            _fraction(number)
         elif math.isnan(float(text)):
             raise ValueError
     except (ValueError, argparse.ArgumentTypeError):
-        message = f"expected a number, or quantile:Q with Q in [0, 1], got {text!r}"
+        message = f"expected a number, coverage:Q or precision:P with Q, P in [0, 1], got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
     return text
 
@@ -214,10 +219,11 @@ def one_by_one(dataset: Dataset[Item], settings: Settings, title: str) -> "tqdm[
 # --------------------------------------------------------------------------------------- objective
 
 
-def segment(network: Segmenter, images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def segment(network: nn.Module, images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Features and logits of images, in bfloat16 if asked for."""
     with torch.autocast(torch.device(settings.device).type, torch.bfloat16, settings.bf16):
-        return network(images)
+        features, logits = network(images)
+    return features, logits
 
 
 def source_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -280,71 +286,61 @@ def warm_up(
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage holds fixed: the network it starts from, the anchors, and the labelers."""
+    """What a stage holds fixed, and what it rests on."""
 
-    frozen: Segmenter
-    centroids: Tensor
-    by_anchor: anchorda.AnchorPseudoLabeler
-    by_probability: anchorda.ProbabilityPseudoLabeler
-    settings: Settings
-
-    @torch.no_grad()
-    def label(self, images: Tensor) -> dict[str, Tensor]:
-        """Pseudo-label maps of target images, by labeler."""
-        features, logits = segment(self.frozen, images, self.settings)
-        maps = {
-            "anchor": self.by_anchor(features, self.centroids).labels,
-            "probability": self.by_probability(logits).labels,
-        }
-        kind = self.settings.labels
-        return maps if kind == "both" else {kind: maps[kind]}
+    labeler: anchorda.StageLabeler
+    """The network it starts from, the anchors, and the labelers."""
+    counts: Tensor
+    """(C,): how many source pixels each anchor averages."""
 
 
 def begin_stage(network: Segmenter, data: Data, settings: Settings) -> Stage:
-    """Freeze the network, compute the anchors on the source, and fix the margin on the target."""
-    frozen = copy.deepcopy(network).eval().requires_grad_(False)
-    anchors = anchorda.CategoryAnchors(NUM_CLASSES, frozen.feature_dim).to(settings.device)
-    for images, labels in one_by_one(data.source_whole, settings, "anchors"):
-        features, logits = segment(frozen, images.to(settings.device), settings)
-        labels = anchorda.resize_labels(labels.to(settings.device), features.shape[2:])
-        anchors.update(features, anchorda.keep_correct(labels, logits))
-    centroids = anchors.compute()
-    margin = choose_margin(frozen, centroids, data, settings)
-    return Stage(
-        frozen,
-        centroids,
-        anchorda.AnchorPseudoLabeler(margin).to(settings.device),
-        anchorda.ProbabilityPseudoLabeler(settings.probability).to(settings.device),
-        settings,
+    """Freeze the network, compute the anchors on the source, and choose the minimum margin."""
+    anchors = anchorda.CategoryAnchors(NUM_CLASSES, network.feature_dim).to(settings.device)
+    labeler = anchorda.StageLabeler.from_source(
+        network,
+        one_by_one(data.source_whole, settings, "anchors"),
+        anchors,
+        by_probability=anchorda.ProbabilityPseudoLabeler(settings.probability),
+        extract=functools.partial(segment, settings=settings),
     )
+    rule, _, number = settings.margin.rpartition(":")
+    if rule == "precision":
+        labeled = one_by_one(data.source_whole, settings, "margins")
+        minimum = count_margins(labeler, labeled, settings).min_score_for_precision(float(number))
+    elif rule == "coverage":
+        target = ((images, None) for images in one_by_one(data.target_whole, settings, "margins"))
+        minimum = count_margins(labeler, target, settings).min_score_for_coverage(float(number))
+    else:
+        minimum = torch.tensor(float(number), device=settings.device)
+    anchorda.warn_unreachable_margins(minimum, labeler.centroids, class_names=CLASS_NAMES)
+    labeler.by_anchor = anchorda.AnchorPseudoLabeler(minimum)
+    return Stage(labeler, anchors.counts)
 
 
-def choose_margin(
-    frozen: Segmenter, centroids: Tensor, data: Data, settings: Settings
-) -> float | Tensor:
-    """The margin as it was given, or the quantile of each class's margins on the target."""
-    if not settings.margin.startswith("quantile:"):
-        return float(settings.margin)
-    q = float(settings.margin.removeprefix("quantile:"))
-    label_all = anchorda.AnchorPseudoLabeler(float("-inf")).to(settings.device)
-    labels, margins = [], []
-    for images in one_by_one(data.target_whole, settings, "margins"):
-        features, _ = segment(frozen, images.to(settings.device), settings)
-        pseudo = label_all(features, centroids)
-        # At most 16,384 pixels of an image, evenly spread: thousands of images fit the memory.
-        some = slice(None, None, math.ceil(pseudo.labels.numel() / 16384))
-        labels.append(pseudo.labels.flatten()[some].to("cpu", torch.uint8))
-        margins.append(pseudo.scores.flatten()[some].cpu())
-    nearest, scores = torch.cat(labels), torch.cat(margins)
-    return torch.tensor([quantile(scores[nearest == c], q) for c in range(NUM_CLASSES)])
+@torch.no_grad()
+def count_margins(
+    labeler: anchorda.StageLabeler,
+    samples: Iterable[tuple[Tensor, Tensor | None]],
+    settings: Settings,
+) -> anchorda.ScoreCalibrator:
+    """The margin of every pixel, and whether its nearest anchor is right where that is known."""
+    calibrator = anchorda.ScoreCalibrator(NUM_CLASSES).to(settings.device)
+    nearest = anchorda.AnchorPseudoLabeler(float("-inf")).to(settings.device)
+    for images, truth in samples:
+        features, _ = segment(labeler.network, images.to(settings.device), settings)
+        labels, margins = nearest(features, labeler.centroids)
+        if truth is not None:
+            truth = anchorda.resize_labels(truth.to(settings.device), labels.shape[1:])
+        calibrator.update(labels, margins, truth)
+    return calibrator
 
 
-def quantile(values: Tensor, q: float) -> float:
-    """The smallest value that a fraction q does not exceed; infinite if there are none."""
-    if len(values) == 0:
-        return float("inf")
-    # Not torch.quantile, which refuses more than 16 million values.
-    return values.kthvalue(max(1, math.ceil(q * len(values)))).values.item()
+def label_target(stage: Stage, images: Tensor, settings: Settings) -> dict[str, Tensor]:
+    """Pseudo-label maps of target images, by labeler: the paper's "both" are two maps."""
+    _, by_anchor, by_probability = stage.labeler(images)
+    maps = {"anchor": by_anchor.labels, "probability": by_probability.labels}
+    return maps if settings.labels == "both" else {settings.labels: maps[settings.labels]}
 
 
 def train_stage(
@@ -355,6 +351,7 @@ def train_stage(
     optimizer, schedule = make_optimizer(network, settings.stage_learning_rate, count)
     distance = anchorda.AnchorDistanceLoss()
     discriminate = anchorda.DiscriminativeLoss()
+    centroids = stage.labeler.centroids
     network.train()
     both_domains = zip(
         batches(data.source, count, half, settings),
@@ -365,15 +362,15 @@ def train_stage(
     for iteration, ((source, labels), target) in enumerate(progress, start=1):
         source, labels = source.to(settings.device), labels.to(settings.device)
         target = target.to(settings.device)
-        pseudo = stage.label(target).values()
+        pseudo = label_target(stage, target, settings).values()
         features, logits = segment(network, photometric(torch.cat([source, target])), settings)
         source_features, target_features = features.split(half)
         source_logits, target_logits = logits.split(half)
         small_labels = anchorda.resize_labels(labels, features.shape[2:])
         correct = anchorda.keep_correct(small_labels, source_logits)
-        pull = distance(source_features, correct, stage.centroids)
+        pull = distance(source_features, correct, centroids)
         for pseudo_labels in pseudo:
-            pull = pull + distance(target_features, pseudo_labels, stage.centroids) / len(pseudo)
+            pull = pull + distance(target_features, pseudo_labels, centroids) / len(pseudo)
         terms = {
             "source": source_loss(source_logits, labels),
             "pseudo": sum(discriminate(target_logits, p) for p in pseudo) / len(pseudo),
@@ -413,7 +410,8 @@ def analyze_labels(
     if data.analysis is None:
         return quality
     for images, labels in one_by_one(data.analysis, settings, "label quality"):
-        for labeler, pseudo in stage.label(images.to(settings.device)).items():
+        maps = label_target(stage, images.to(settings.device), settings)
+        for labeler, pseudo in maps.items():
             if labeler not in quality:
                 quality[labeler] = anchorda.PseudoLabelQuality(NUM_CLASSES).to(settings.device)
             truth = anchorda.resize_labels(labels.to(settings.device), pseudo.shape[1:])
@@ -436,7 +434,7 @@ def adapt(settings: Settings) -> Path:
         records.evaluation(phase, scores[phase])
         parts: dict[str, object] = {"phase": phase, "network": network.state_dict()}
         if stage is not None:
-            parts |= {"centroids": stage.centroids, "by_anchor": stage.by_anchor.state_dict()}
+            parts |= {"stage": stage.labeler.state_dict(), "counts": stage.counts}
         name = phase.replace(" ", "-") + ".pt"
         save_checkpoint(settings.output / "checkpoints" / name, parts)
         print(f"\n{score_table(scores)}\n", flush=True)
@@ -454,13 +452,16 @@ def adapt(settings: Settings) -> Path:
     finish("warm-up", network)
     warm = copy.deepcopy(network).eval()
 
-    stage = None
+    health = []
+    stage: Stage | None = None
     for number in range(1, settings.stages + 1):
-        phase = f"stage {number}"
+        phase, previous = f"stage {number}", stage
+        # The same draws however the warm-up came, and whether or not there was truth to look at.
+        torch.manual_seed(1000 * settings.seed + number)
         stage = begin_stage(network, data, settings)
+        health.append(f"{phase}\n{anchor_table(stage, previous)}\n")
         for labeler, quality in analyze_labels(stage, data, settings).items():
             records.pseudo_labels(phase, labeler, quality)
-        # The same draws however the warm-up came, and whether or not there was truth to look at.
         torch.manual_seed(1000 * settings.seed + number)
         train_stage(network, stage, data, settings, records, phase)
         finish(phase, network, stage)
@@ -468,8 +469,10 @@ def adapt(settings: Settings) -> Path:
     records.close()
     folder = settings.output / "report"
     folder.mkdir(exist_ok=True)
+    write_text(folder / "iou.txt", score_table(scores) + "\n")
+    write_text(folder / "anchors.txt", "\n".join(health))
     stage = stage or begin_stage(network, data, settings)
-    write_report(folder, warm, network.eval(), stage, data, scores)
+    draw_report(folder, warm, network.eval(), stage, data, settings)
     return folder
 
 
@@ -487,23 +490,27 @@ def score_table(scores: dict[str, anchorda.ConfusionMatrix]) -> str:
     )
 
 
-def write_report(
-    folder: Path,
-    warm: Segmenter,
-    adapted: Segmenter,
-    stage: Stage,
-    data: Data,
-    scores: dict[str, anchorda.ConfusionMatrix],
+def anchor_table(stage: Stage, previous: Stage | None) -> str:
+    """Counts, nearest neighbors and drift of a stage's anchors."""
+    before = None if previous is None else previous.labeler.centroids
+    health = anchorda.anchor_health(stage.labeler.centroids, stage.counts, previous=before)
+    return health.table(CLASS_NAMES)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def draw_report(
+    folder: Path, warm: Segmenter, adapted: Segmenter, stage: Stage, data: Data, settings: Settings
 ) -> None:
-    """The table, and the pictures by which a person judges a run."""
-    table = folder / "iou.txt"
-    write_atomically(table, lambda path: path.write_text(score_table(scores) + "\n", "utf-8"))
-    settings, metrics = stage.settings, stage.settings.output / "metrics.jsonl"
+    """The pictures by which a person judges a run."""
     panels = []
     for index in range(0, len(data.evaluation), max(1, len(data.evaluation) // 4))[:4]:
         image, truth = data.evaluation[index]
         images, size = image[None], truth.shape
-        maps = list(stage.label(images.to(settings.device)).values())
+        maps = list(label_target(stage, images.to(settings.device), settings).values())
         panels.append(
             Panel(
                 image,
@@ -514,9 +521,16 @@ def write_report(
             )
         )
     save_panels(folder / "panels.png", panels)
+    metrics = settings.output / "metrics.jsonl"
     save_curves(folder / "curves.png", metrics)
-    save_anchor_distances(folder / "anchor_distances.png", stage.centroids.cpu())
     save_label_quality(folder / "label_quality.png", metrics)
+    save_anchor_distances(folder / "anchor_distances.png", stage.labeler.centroids.cpu())
+    margins = {
+        domain: count_margins(stage.labeler, one_by_one(dataset, settings, "margins"), settings)
+        for domain, dataset in (("source", data.source_whole), ("target", data.analysis))
+        if dataset is not None
+    }
+    save_margin_curves(folder / "margins.png", margins, stage.labeler.by_anchor.min_margin)
 
 
 def main() -> None:
