@@ -1,4 +1,4 @@
-"""Compare the kinds of pseudo-labels over several seeds, with the example's own command line.
+"""Compare kinds of pseudo-labels and margins over several seeds, with the example's own command line.
 
 For each seed: source only and warm-up once, then the stages from that warm-up for each of
 `VARIANTS`. What follows ``--`` goes to every run unchanged:
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = Path(__file__).parents[1] / "examples" / "gta5_to_cityscapes" / "train.py"
-VARIANTS = {
+LABELS = {
     "probability": ["--labels", "probability"],
     "anchor": ["--labels", "anchor"],
     "both": ["--labels", "both"],
@@ -31,6 +31,12 @@ VARIANTS = {
     "anchor, no pull": ["--labels", "anchor", "--distance-weight", "0"],
     "no target labels": ["--labels", "anchor", "--margin", "inf"],
 }
+# One margin for all classes, chosen by hand, in place of one for each from the source's precision.
+MARGINS = {
+    f"anchor, margin {margin}": ["--labels", "anchor", "--margin", margin]
+    for margin in ("0.5", "1", "2", "4", "8")
+}
+VARIANTS = LABELS | MARGINS
 
 Event = dict[str, Any]
 
@@ -108,7 +114,7 @@ def score_table(output: Path, seeds: list[int]) -> str:
 def class_table(output: Path, seeds: list[int]) -> str:
     """The IoU of each class at the start and after the last stage, means over the seeds."""
     columns = {"source only": ("warm-up", 0), "warm-up": ("warm-up", 1)}
-    columns |= {name: (name, -1) for name in VARIANTS}
+    columns |= {name: (name, -1) for name in LABELS}
     table = {}
     for title, (name, place) in columns.items():
         last = [events[place]["iou"] for events in read_events(output, seeds, name, "evaluation")]
