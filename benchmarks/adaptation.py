@@ -1,4 +1,4 @@
-"""Compare kinds of pseudo-labels and margins over several seeds, with the example's own command line.
+"""Compare kinds of pseudo-labels and margins over several seeds, with the example's command line.
 
 For each seed: source only and warm-up once, then the stages from that warm-up for each of
 `VARIANTS`. What follows ``--`` goes to every run unchanged:
