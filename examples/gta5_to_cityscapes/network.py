@@ -17,7 +17,10 @@ class Segmenter(nn.Module):
 
 
 class SmallSegmenter(Segmenter):
-    """A residual encoder to stride 16 and a decoder back to stride 4, 1.5 million parameters.
+    """A residual encoder to stride 16 and a light decoder back to stride 4, 1.4 million parameters.
+
+    Most of the work is done at strides 8 and 16, where it is cheap: the finer a residual block's
+    resolution, the more updates it costs in the same time.
 
     Args:
         num_classes: C.
@@ -27,25 +30,30 @@ class SmallSegmenter(Segmenter):
     def __init__(self, num_classes: int, feature_dim: int = 64) -> None:
         super().__init__()
         self.feature_dim = feature_dim
-        self.stem = _conv(3, 32, stride=2)
-        self.stride4 = nn.Sequential(_conv(32, 48, stride=2), _Residual(48), _Residual(48))
-        self.stride8 = nn.Sequential(_conv(48, 96, stride=2), _Residual(96), _Residual(96))
+        self.stride4 = nn.Sequential(_conv(3, 24, stride=2), _conv(24, 48, stride=2))
+        self.stride8 = nn.Sequential(_conv(48, 96, stride=2), _Residual(96))
         self.stride16 = nn.Sequential(
-            _conv(96, 128, stride=2), _Residual(128), _Residual(128, dilation=2)
+            _conv(96, 160, stride=2), _Residual(160), _Residual(160, dilation=2)
         )
-        self.context = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(128, 128, 1))
-        self.decode8 = _conv(128 + 96, 96)
-        self.decode4 = nn.Sequential(_conv(96 + 48, feature_dim), nn.Dropout2d(0.1))
+        self.context = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(160, 160, 1))
+        # Each stride joins the decoder by a sum: cheaper than convolving a concatenation.
+        self.join4 = nn.Conv2d(48, feature_dim, 1, bias=False)
+        self.join8 = nn.Conv2d(96, feature_dim, 1, bias=False)
+        self.join16 = nn.Conv2d(160, feature_dim, 1, bias=False)
+        self.decode8 = _conv(feature_dim, feature_dim)
+        self.decode4 = nn.Sequential(_conv(feature_dim, feature_dim), nn.Dropout2d(0.1))
         self.classifier = nn.Conv2d(feature_dim, num_classes, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
-        at4 = self.stride4(self.stem(images - 0.5))
+        # Channels last is the layout in which the CPU convolves fastest.
+        images = images.contiguous(memory_format=torch.channels_last)
+        at4 = self.stride4(images - 0.5)
         at8 = self.stride8(at4)
         at16 = self.stride16(at8)
-        at16 = at16 + self.context(at16)
-        at8 = self.decode8(torch.cat([_resize_like(at16, at8), at8], dim=1))
-        features = self.decode4(torch.cat([_resize_like(at8, at4), at4], dim=1))
+        at16 = self.join16(at16 + self.context(at16))
+        at8 = self.decode8(_resize_like(at16, at8) + self.join8(at8))
+        features = self.decode4(_resize_like(at8, at4) + self.join4(at4))
         return features, self.classifier(features)
 
 
@@ -53,9 +61,10 @@ class _Residual(nn.Module):
     def __init__(self, channels: int, dilation: int = 1) -> None:
         super().__init__()
         self.first = _conv(channels, channels, dilation=dilation)
+        norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(norm.weight)  # at first the block only passes its input on
         self.second = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False),
-            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False), norm
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from anchorda import ScoreCalibrator
+
 NOTHING: dict[str, float | None] = dict.fromkeys(CLASS_NAMES)
 TERMS = {"warm-up": {"source": 1.0}, "stage 1": {"source": 1.0, "pseudo": 2.0}}
 LINES: list[dict[str, object]] = [
@@ -62,14 +64,26 @@ def pixels(path: Path) -> NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
+def margins(*right: float) -> ScoreCalibrator:
+    """Road, with margins 1, 2, 3, … of which these are right; nothing of any other class."""
+    calibrator = ScoreCalibrator(NUM_CLASSES)
+    road = torch.zeros(len(right), dtype=torch.int64)
+    truth = torch.where(torch.tensor(right) > 0, 0, 1)
+    calibrator.update(road, torch.arange(1.0, len(right) + 1), truth)
+    return calibrator
+
+
 PICTURES: list[Callable[[Path], object]] = [
     lambda folder: report.save_panels(folder / "picture.png", [panel(12, 16, truth=3)]),
     lambda folder: report.save_curves(folder / "picture.png", write_metrics(folder, *LINES)),
     lambda folder: report.save_anchor_distances(folder / "picture.png", anchors([0, 4, 18])),
     lambda folder: report.save_label_quality(folder / "picture.png", write_metrics(folder, *LINES)),
+    lambda folder: report.save_margin_curves(
+        folder / "picture.png", {"source": margins(0, 1, 1)}, torch.tensor(1.5)
+    ),
 ]
 each_picture = pytest.mark.parametrize(
-    "save", PICTURES, ids=["panels", "curves", "anchors", "quality"]
+    "save", PICTURES, ids=["panels", "curves", "anchors", "quality", "margins"]
 )
 
 
@@ -216,6 +230,30 @@ def test_anchor_distances_show_the_seen_classes_and_a_blank_diagonal(
 def test_one_seen_anchor_still_makes_a_picture(tmp_path: Path) -> None:
     report.save_anchor_distances(tmp_path / "anchors.png", anchors([7]))
     pixels(tmp_path / "anchors.png")
+
+
+def test_margin_curves_mark_the_minimum_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    both = {"source": margins(0, 0, 1, 1), "target": margins(0, 1, 0, 1)}
+    report.save_margin_curves(tmp_path / "margins.png", both, torch.tensor(1.5))
+    axes = [a for a in figures[0].axes if a.get_title()]
+    assert [a.get_title() for a in axes] == ["road"]
+    source, its_dot, target, its_other_dot = (
+        [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())] for line in axes[0].lines
+    )
+    assert {(100.0, 50.0), (50.0, 100.0), (25.0, 100.0)} < set(source)
+    for dot in (its_dot, its_other_dot):
+        np.testing.assert_allclose(dot, [(75.0, 200 / 3)])
+    assert (25.0, 100.0) in target
+    assert legend_of(figures[0]) == ["source", "target"]
+    none = torch.full((NUM_CLASSES,), math.inf)
+    report.save_margin_curves(tmp_path / "margins.png", both, none)
+    (axes_without,) = [a for a in figures[1].axes if a.get_title()]
+    assert axes_without.get_title() == "road, left out"
+    assert len(axes_without.lines) == 2
 
 
 def test_label_quality_draws_a_bar_where_defined(

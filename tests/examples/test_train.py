@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import train
+from classes import NUM_CLASSES
+from network import SmallSegmenter
 from records import load_checkpoint
 from synthetic import write_synthetic_pair
 
@@ -109,6 +111,60 @@ def test_same_seed_same_bits_also_from_a_warm_up_checkpoint(
     assert same(whole, network_of(tmp_path / "rest", "stage-2"))
     run(pair, tmp_path / "other", "--seed=4")
     assert not same(whole, network_of(tmp_path / "other", "stage-2"))
+
+
+@pytest.mark.parametrize("margin", ["coverage:0.5", "precision:0.6"])
+def test_margins_are_chosen_class_by_class(
+    margin: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, target = (str(folder) for folder in pair)
+    arguments = ["--source", source, "--target", target, "--output", str(tmp_path), *TINY]
+    settings = train.parse_settings([*arguments, "--margin", margin])
+    data = train.open_data(settings)
+    stage = train.begin_stage(train.new_network(settings), data, settings)
+    minimum = stage.labeler.by_anchor.min_margin
+    assert minimum.shape == (NUM_CLASSES,)
+    domain = data.analysis if margin.startswith("coverage") else data.source_whole
+    assert domain is not None
+    samples = train.one_by_one(domain, settings, "margins")
+    curve = train.count_margins(stage.labeler, samples, settings).curve()
+    seen = 0
+    for c in minimum.isfinite().nonzero().flatten().tolist():
+        at = curve.min_scores.tolist().index(minimum[c].item())
+        reached = curve.coverage if margin.startswith("coverage") else curve.precision
+        assert reached[c, at].item() >= float(margin[-3:])
+        seen += 1
+    assert seen
+
+
+def test_rare_classes_weigh_more_and_the_mean_over_pixels_is_one(pair: tuple[Path, Path]) -> None:
+    arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--output", "none", *TINY]
+    data = train.open_data(train.parse_settings(arguments))
+    whole = data.source_whole
+    labels = torch.cat([whole[i][1].flatten() for i in range(len(whole))])
+    counts = torch.bincount(labels[labels < NUM_CLASSES], minlength=NUM_CLASSES)
+    weight = data.class_weight
+    assert weight.isfinite().all()
+    assert (weight[labels[labels < NUM_CLASSES]].double().mean() - 1).abs() < 1e-5
+    by_count = weight[counts.sort().indices]
+    assert (by_count.diff() <= 0).all()
+    often = counts / counts.sum() > 1e-4
+    products = (weight * counts.sqrt())[often]
+    torch.testing.assert_close(products, products.mean().expand_as(products))
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    network = SmallSegmenter(NUM_CLASSES)
+    optimizer, schedule = train.make_optimizer(network, 0.5, 40)
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.25)
+    assert rates[1] == pytest.approx(0.5 * (1 - 1 / 40) ** 0.9)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert 0 < rates[-1] < 0.02
 
 
 def test_source_and_target_belong_together(capsys: pytest.CaptureFixture[str]) -> None:
