@@ -102,7 +102,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         type=_margin,
         default="precision:0.9",
         help="minimum margin of anchor labels: a number; coverage:Q, by class, on the target; or "
-        "precision:P, by class, on the source",
+        "precision:P, by class, on held-out source",
     )
     add("--probability", type=_fraction, default=0.95, help="minimum of probability labels")
     add("--distance-weight", type=float, default=0.02, help="weight of the distance loss")
@@ -176,6 +176,8 @@ class Data:
     """Crops to train on."""
     source_whole: LabeledImages
     """The same images uncropped, to take anchors from."""
+    held_out: LabeledImages
+    """The last tenth of the source, never trained on: what a margin's precision is measured on."""
     target: UnlabeledImages
     target_whole: UnlabeledImages
     evaluation: LabeledImages
@@ -196,10 +198,13 @@ def open_data(settings: Settings) -> Data:
     source_pairs = gta5_pairs(source)
     target_images = cityscapes_images(target, "train")
     has_truth = (target / "gtFine" / "train").is_dir()
+    some = max(1, len(source_pairs) // 10)
+    source_pairs, held_out = source_pairs[:-some] or source_pairs, source_pairs[-some:]
     source_whole = LabeledImages(source_pairs, whole)
     return Data(
         source=LabeledImages(source_pairs, crops),
         source_whole=source_whole,
+        held_out=LabeledImages(held_out, whole),
         target=UnlabeledImages(target_images, crops),
         target_whole=UnlabeledImages(target_images, whole),
         evaluation=LabeledImages(cityscapes_pairs(target, "val"), whole),
@@ -329,7 +334,7 @@ def begin_stage(network: Segmenter, data: Data, settings: Settings) -> Stage:
     )
     rule, _, number = settings.margin.rpartition(":")
     if rule == "precision":
-        labeled = one_by_one(data.source_whole, settings, "margins")
+        labeled = one_by_one(data.held_out, settings, "margins")
         minimum = count_margins(labeler, labeled, settings).min_score_for_precision(float(number))
     elif rule == "coverage":
         target = ((images, None) for images in one_by_one(data.target_whole, settings, "margins"))
@@ -550,7 +555,7 @@ def draw_report(
     save_anchor_distances(folder / "anchor_distances.png", stage.labeler.centroids.cpu())
     margins = {
         domain: count_margins(stage.labeler, one_by_one(dataset, settings, "margins"), settings)
-        for domain, dataset in (("source", data.source_whole), ("target", data.analysis))
+        for domain, dataset in (("held-out source", data.held_out), ("target", data.analysis))
         if dataset is not None
     }
     save_margin_curves(folder / "margins.png", margins, stage.labeler.by_anchor.min_margin)

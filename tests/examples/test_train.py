@@ -113,7 +113,7 @@ def test_same_seed_same_bits_also_from_a_warm_up_checkpoint(
     assert not same(whole, network_of(tmp_path / "other", "stage-2"))
 
 
-@pytest.mark.parametrize("margin", ["coverage:0.5", "precision:0.6"])
+@pytest.mark.parametrize("margin", ["coverage:0.5", "precision:0.1"])
 def test_margins_are_chosen_class_by_class(
     margin: str, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ def test_margins_are_chosen_class_by_class(
     stage = train.begin_stage(train.new_network(settings), data, settings)
     minimum = stage.labeler.by_anchor.min_margin
     assert minimum.shape == (NUM_CLASSES,)
-    domain = data.analysis if margin.startswith("coverage") else data.source_whole
+    domain = data.analysis if margin.startswith("coverage") else data.held_out
     assert domain is not None
     samples = train.one_by_one(domain, settings, "margins")
     curve = train.count_margins(stage.labeler, samples, settings).curve()
@@ -135,6 +135,14 @@ def test_margins_are_chosen_class_by_class(
         assert reached[c, at].item() >= float(margin[-3:])
         seen += 1
     assert seen
+
+
+def test_the_held_out_tenth_is_not_trained_on(pair: tuple[Path, Path]) -> None:
+    arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--output", "none", *TINY]
+    data = train.open_data(train.parse_settings(arguments))
+    assert (len(data.source), len(data.source_whole), len(data.held_out)) == (4, 4, 1)
+    held_out = data.held_out[0][0]
+    assert not any(torch.equal(data.source_whole[i][0], held_out) for i in range(4))
 
 
 def test_rare_classes_weigh_more_and_the_mean_over_pixels_is_one(pair: tuple[Path, Path]) -> None:
