@@ -185,7 +185,7 @@ class Data:
     analysis: LabeledImages | None
     """The target's training split with its labels, if there are any: never trained on."""
     class_weight: Tensor
-    """(C,): of the source's classes in the cross-entropies."""
+    """(C,): of the source's classes in its cross-entropy."""
 
 
 def open_data(settings: Settings) -> Data:
@@ -378,7 +378,8 @@ def train_stage(
     count, half = settings.stage_iterations, settings.batch // 2
     optimizer, schedule = make_optimizer(network, settings.stage_learning_rate, count)
     distance = anchorda.AnchorDistanceLoss()
-    discriminate = anchorda.DiscriminativeLoss(weight=data.class_weight)
+    # Without class weights: they would multiply the mistakes in rare classes, which are many.
+    discriminate = anchorda.DiscriminativeLoss()
     centroids = stage.labeler.centroids
     network.train()
     both_domains = zip(
