@@ -31,10 +31,11 @@ LABELS = {
     "anchor, no pull": ["--labels", "anchor", "--distance-weight", "0"],
     "no target labels": ["--labels", "anchor", "--margin", "inf"],
 }
-# One margin for all classes, chosen by hand, in place of one for each from the source's precision.
+# In place of a margin for each class by precision on the source: one for all classes, chosen by
+# hand; and one for each class by coverage of the target.
 MARGINS = {
     f"anchor, margin {margin}": ["--labels", "anchor", "--margin", margin]
-    for margin in ("0.5", "1", "2", "4", "8")
+    for margin in ("0.5", "1", "2", "4", "8", "coverage:0.2")
 }
 VARIANTS = LABELS | MARGINS
 
@@ -59,7 +60,7 @@ def run(folder: Path, flags: list[str]) -> None:
 
 def folder_of(name: str) -> str:
     """The folder of a variant."""
-    return name.replace(", ", "-").replace(" ", "-")
+    return name.replace(", ", "-").replace(" ", "-").replace(":", "-")
 
 
 def run_all(output: Path, seeds: list[int], jobs: int, flags: list[str]) -> None:
