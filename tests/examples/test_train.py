@@ -14,6 +14,8 @@ from network import SmallSegmenter
 from records import load_checkpoint
 from synthetic import write_synthetic_pair
 
+import anchorda
+
 TRAIN = Path(train.__file__)
 TINY = [
     *("--height", "32", "--crop", "32", "48", "--batch", "4", "--workers", "0"),
@@ -71,6 +73,8 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
         "checkpoints/stage-1.pt",
         "checkpoints/stage-2.pt",
         "report/iou.txt",
+        "report/anchors.txt",
+        "report/margins.png",
         "report/panels.png",
         "report/curves.png",
         "report/anchor_distances.png",
@@ -78,6 +82,13 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
     }
     assert not any(name.endswith(".tmp") for name in left)
     assert any((tmp_path / "run" / "tensorboard").iterdir())
+    anchors = (tmp_path / "run" / "report" / "anchors.txt").read_text()
+    assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
+    # A stage's labeler can be had back from its checkpoint alone.
+    parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
+    labeler = anchorda.StageLabeler(SmallSegmenter(NUM_CLASSES), torch.zeros(NUM_CLASSES, 64))
+    labeler.load_state_dict(parts["stage"])
+    assert labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
 
 
 @pytest.mark.parametrize("labels", ["anchor", "probability"])
