@@ -41,7 +41,7 @@ dist: $(VENV)/installed
 
 demo: $(VENV)/installed
 	rm -rf "runs/demo-seed$(SEED)"
-	$(EXAMPLE) --output "runs/demo-seed$(SEED)" --seed "$(SEED)" --baseline --margin coverage:0.2
+	$(EXAMPLE) --output "runs/demo-seed$(SEED)" --seed "$(SEED)" --baseline
 
 clean:
 	rm -rf $(VENV) dist build

@@ -27,15 +27,13 @@ LABELS = {
     "probability": ["--labels", "probability"],
     "anchor": ["--labels", "anchor"],
     "both": ["--labels", "both"],
-    # What the terms contribute: no pull to the anchors; no target pixel labeled at all.
-    "anchor, no pull": ["--labels", "anchor", "--distance-weight", "0"],
+    # What labels contribute: no target pixel labeled at all.
     "no target labels": ["--labels", "anchor", "--margin", "inf"],
 }
-# In place of a margin for each class by precision on the source: one for all classes, chosen by
-# hand; and one for each class by coverage of the target.
+# In place of the default: one margin for all classes, chosen by hand; and by precision alone.
 MARGINS = {
     f"anchor, margin {margin}": ["--labels", "anchor", "--margin", margin]
-    for margin in ("0.5", "1", "2", "4", "8", "coverage:0.2")
+    for margin in ("0.5", "1", "2", "4", "8", "precision:0.9")
 }
 VARIANTS = LABELS | MARGINS
 

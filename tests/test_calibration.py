@@ -141,7 +141,10 @@ def test_coverage_at_its_ends() -> None:
 
 @pytest.mark.parametrize("precision", [0.0, 0.3, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("size", [3, 20, 400])
-def test_minimum_for_precision_by_trying_every_candidate(precision: float, size: int) -> None:
+@pytest.mark.parametrize("min_count", [1, 5, 50])
+def test_minimum_for_precision_by_trying_every_candidate(
+    precision: float, size: int, min_count: int
+) -> None:
     stream = draw((size,))
     # The higher the score, the more often right: there is something to find.
     stream = stream._replace(
@@ -150,14 +153,15 @@ def test_minimum_for_precision_by_trying_every_candidate(precision: float, size:
     calibrator = calibrated(stream)
     if not calibrator.counts[:2].any():
         return
-    minimum = calibrator.min_score_for_precision(precision)
+    minimum = calibrator.min_score_for_precision(precision, min_count=min_count)
     pixels = list(zip(*(part.tolist() for part in stream), strict=True))
     for c in range(3):
         judged = [(s, y == c) for k, s, y in pixels if k == c and 0 <= y < 3 and not math.isnan(s)]
         best: tuple[int, float] = (0, math.inf)
         for t in calibrator.edges.tolist():
             rights = [right for s, right in judged if s > t]
-            if rights and sum(rights) / len(rights) >= precision and len(rights) >= best[0]:
+            enough = len(rights) >= max(min_count, best[0])
+            if enough and sum(rights) / len(rights) >= precision:
                 best = len(rights), t
         assert minimum[c].item() == best[1]
 
@@ -240,6 +244,25 @@ def test_split_merge_reset_and_state() -> None:
         whole.merge(PseudoLabelQuality(3))  # type: ignore[arg-type]
 
 
+def test_made_without_values_it_works_once_it_has_some() -> None:
+    with torch.device("meta"):
+        calibrator = ScoreCalibrator(2)
+    assert calibrator.counts.is_meta
+    calibrator.to_empty(device="cpu")
+    assert torch.equal(calibrator.edges, ScoreCalibrator(2).edges)
+
+
+def test_a_few_lucky_pixels_do_not_make_a_minimum() -> None:
+    calibrator = ScoreCalibrator(2)
+    truth = torch.tensor([0] * 50 + [1] * 949)
+    calibrator.update(torch.zeros(999, dtype=torch.int64), torch.arange(999.0, 0, -1), truth)
+    assert calibrator.min_score_for_precision(0.99)[0].item() == math.inf
+    assert 949 < calibrator.min_score_for_precision(0.99, min_count=1)[0].item() < 970
+    assert calibrator.min_score_for_precision(0.3)[0].item() < 900
+    with pytest.raises(ValueError, match="Expected `min_count` of at least 1, but got 0"):
+        calibrator.min_score_for_precision(0.9, min_count=0)
+
+
 def test_wrong_arguments_are_named() -> None:
     calibrator = ScoreCalibrator(2)
     labels, scores = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
@@ -307,6 +330,8 @@ def test_reachable_and_switched_off_margins_are_not_warned_of() -> None:
         warn_unreachable_margins(5.0, anchors[:1])
     with pytest.raises(ValueError, match="`min_margin` to be one number or of shape"):
         warn_unreachable_margins(torch.ones(3), anchors)
+    with pytest.raises(ValueError, match=r"one number or of shape \(C,\) = \(4,\), but got"):
+        warn_unreachable_margins(torch.ones(4, 1), anchors)
     with pytest.raises(ValueError, match="`class_names` for 4 classes, but got 1"):
         warn_unreachable_margins(1.0, anchors, class_names=["road"])
 
@@ -333,7 +358,8 @@ def test_health_against_loops() -> None:
         else:
             assert health.nearest[i] == others.nan_to_num(math.inf).argmin()
             assert health.limits[i] == others.nan_to_num(math.inf).min()
-    assert not health.distances.diagonal().any()
+    diagonal = torch.where(health.unseen, NAN, torch.zeros(6))
+    torch.testing.assert_close(health.distances.diagonal(), diagonal, equal_nan=True)
     assert anchor_health(anchors, counts).drift.isnan().all()
 
 
@@ -354,12 +380,22 @@ def test_health_as_a_table() -> None:
         health.table(["sky"])
 
 
+def test_health_of_half_precision_anchors_does_not_overflow() -> None:
+    anchors = torch.tensor([[0.0], [300.0], [math.inf]]).half().requires_grad_()
+    health = anchor_health(anchors, torch.zeros(3, dtype=torch.int64), previous=anchors.flip(0) - 9)
+    assert health.drift.isnan().tolist() == [True, False, True]
+    assert health.limits[0] == 300
+    assert not health.drift.requires_grad
+
+
 def test_wrong_anchors_are_named() -> None:
     anchors, counts = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"Expected `anchors` of shape \(C, D\)"):
         margin_limits(torch.zeros(3))
     with pytest.raises(ValueError, match=r"Expected `counts` of shape \(C,\) = \(3,\)"):
         anchor_health(anchors, counts[:2])
+    with pytest.raises(TypeError, match="Expected `counts` of an integer dtype"):
+        anchor_health(anchors, counts.float())
     with pytest.raises(ValueError, match=r"Expected `previous` of shape \(3, 2\)"):
         anchor_health(anchors, counts, previous=anchors[:2])
     with pytest.raises(TypeError, match="Expected `anchors` of a floating-point dtype"):

@@ -21,7 +21,13 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import anchorda
-from anchorda import CategoryAnchors, ClassSums, ConfusionMatrix, PseudoLabelQuality
+from anchorda import (
+    CategoryAnchors,
+    ClassSums,
+    ConfusionMatrix,
+    PseudoLabelQuality,
+    StageLabeler,
+)
 from anchorda.calibration import ScoreCalibrator
 from anchorda.distributed import _meeting_place, all_reduce, all_reduce_class_sums
 from tests.oracles import draw, lay_out
@@ -74,6 +80,17 @@ def counted(kind: type[Counting], batches: list[Batch]) -> Counting:
         else:
             state.update(labels.roll(1), labels)
     return state
+
+
+def staged(batches: list[Batch]) -> StageLabeler:
+    """A stage whose network passes the images on as features."""
+    torch.manual_seed(0)
+    classifier = nn.Conv2d(3, 5, 1)
+
+    def extract(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, network(images)
+
+    return StageLabeler.from_source(classifier, batches, CategoryAnchors(5, 3), extract=extract)
 
 
 def sums_of(batches: list[Batch]) -> ClassSums:
@@ -170,6 +187,7 @@ def _report_share(report: Report, rank: int, world: int, share: str) -> None:
         state = counted(kind, stream)
         all_reduce(state)
         report[f"{share} {kind.__name__}"] = state.counts
+    report[f"{share} stage"] = staged(stream).centroids
 
 
 def _report_steps(report: Report, rank: int, world: int) -> None:
@@ -303,6 +321,14 @@ def test_anchors_are_those_of_one_process(reports: list[Report], share: str) -> 
     assert torch.equal(reports[0][f"{share} exact means"][3], alone)
     expected.update(*batch_of(0, world, 50))
     assert_same(reports[0], f"{share} exact", expected, " after")
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_stage_has_the_anchors_of_the_whole_source(reports: list[Report], share: str) -> None:
+    expected = staged(whole(len(reports), share)).centroids
+    assert expected.isfinite().all(dim=1).sum() >= 2
+    for report in reports:
+        torch.testing.assert_close(report[f"{share} stage"], expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("share", SHARES)

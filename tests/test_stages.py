@@ -110,10 +110,9 @@ def test_settings_of_the_accumulator_are_the_callers(network: Network, source: B
 @pytest.mark.parametrize("rule", ["anchor", "probability", "agree", "union"])
 def test_labels_are_those_of_the_parts(rule: str, network: Network, source: Batches) -> None:
     by_anchor, by_probability = AnchorPseudoLabeler(0.1), ProbabilityPseudoLabeler(0.5)
-    stage = StageLabeler.from_source(
-        network, source, CategoryAnchors(NUM_CLASSES, DIM),
-        by_anchor=by_anchor, by_probability=by_probability, rule=rule,  # type: ignore[arg-type]
-    )  # fmt: skip
+    stage = StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
+    stage.by_anchor, stage.by_probability = by_anchor, by_probability
+    stage.rule = rule  # type: ignore[assignment]
     images = torch.randn(2, 3, 8, 6)
     result = stage(images)
     with torch.no_grad():
@@ -130,6 +129,12 @@ def test_labels_are_those_of_the_parts(rule: str, network: Network, source: Batc
     for actual, wanted in ((result.by_anchor, first), (result.by_probability, second)):
         assert torch.equal(actual.labels, wanted.labels)
         assert torch.equal(actual.scores, wanted.scores)
+
+
+def test_every_pixel_is_labeled_until_minimums_are_set(stage: StageLabeler) -> None:
+    result = stage(torch.randn(2, 3, 8, 6))
+    for pseudo in (result.by_anchor, result.by_probability):
+        assert (pseudo.labels < NUM_CLASSES).all()
 
 
 def test_nothing_that_happens_later_changes_the_labels(
@@ -158,11 +163,11 @@ def test_no_gradients(stage: StageLabeler) -> None:
 
 
 def test_labelers_are_copies(network: Network, stage: StageLabeler) -> None:
-    labeler = AnchorPseudoLabeler(1.0)
+    labeler = AnchorPseudoLabeler(0.5)
     held = StageLabeler(network, stage.centroids, by_anchor=labeler)
     labeler.min_margin.fill_(9.0)
     stage.centroids.fill_(9.0)
-    assert held.by_anchor.min_margin == 1.0
+    assert held.by_anchor.min_margin == 0.5
     assert not (held.centroids == 9.0).any()
 
 
@@ -254,16 +259,52 @@ def test_wrong_arguments_are_named(network: Network, stage: StageLabeler, source
         StageLabeler(network, torch.zeros(DIM))
     with pytest.raises(ValueError, match="Expected `rule` to be one of 'anchor', 'probability'"):
         StageLabeler(network, stage.centroids, rule="both")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="of one ignore_index, but got 250 and 255"):
-        StageLabeler(network, stage.centroids, by_anchor=AnchorPseudoLabeler(ignore_index=250))
+    with pytest.raises(TypeError, match="Expected `extract` to be a function"):
+        StageLabeler(network, stage.centroids, extract=nn.Identity())
     with pytest.raises(ValueError, match="Set feature_dim=5"):
         StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM + 1))
+    with pytest.raises(ValueError, match=r"Expected `logits` of shape .* = \(2, 4, 4, 3\)"):
+        StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES + 1, DIM))
+    full = CategoryAnchors(NUM_CLASSES, DIM)
+    full.update(torch.zeros(1, DIM), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"seen nothing yet, .* Call anchors.reset\(\)"):
+        StageLabeler.from_source(network, source, full)
+
+
+def test_labelers_that_do_not_fit_are_named_when_they_are_used(stage: StageLabeler) -> None:
+    fitting, images = stage.by_anchor, torch.randn(1, 3, 8, 6)
+    stage.by_anchor = AnchorPseudoLabeler(ignore_index=250)
+    with pytest.raises(ValueError, match="of one ignore_index, but got 250 and 255"):
+        stage(images)
+    stage.by_anchor = AnchorPseudoLabeler(torch.zeros(NUM_CLASSES + 1))
+    with pytest.raises(ValueError, match=r"`min_margin` to be one number or of shape \(C,\)"):
+        stage(images)
+    stage.by_anchor = fitting
+    stage.by_probability = ProbabilityPseudoLabeler(torch.zeros(NUM_CLASSES - 1))
+    with pytest.raises(ValueError, match="`min_probability` to be one number or of shape"):
+        stage(images)
+    with pytest.raises(ValueError, match="`min_probability` to be one number or of shape"):
+        StageLabeler(stage.network, stage.centroids, by_probability=stage.by_probability)
+
+
+def test_outputs_that_do_not_fit_are_named(network: Network, stage: StageLabeler) -> None:
+    def upsampled(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = module(images)
+        return features, nn.functional.interpolate(logits, scale_factor=2)
+
+    stage = StageLabeler(network, stage.centroids, extract=upsampled)
+    with pytest.raises(ValueError, match=r"but got \(1, 3, 8, 6\). Let `extract` return"):
+        stage(torch.randn(1, 3, 8, 6))
+
+
+def test_margins_out_of_reach_are_warned_of(network: Network, stage: StageLabeler) -> None:
+    with pytest.warns(UserWarning, match="No pixel can exceed the minimum margin"):
+        StageLabeler(network, stage.centroids, by_anchor=AnchorPseudoLabeler(1e3))
+    StageLabeler(network, stage.centroids, by_anchor=AnchorPseudoLabeler(1.0, relative=True))
 
 
 def test_a_source_without_a_right_pixel_is_an_error(network: Network) -> None:
-    anchors = CategoryAnchors(NUM_CLASSES, DIM)
-    with pytest.raises(ValueError, match="of no class was a single pixel classified right"):
-        StageLabeler.from_source(network, [], anchors)
-    ignored = torch.full((1, 8, 6), 255)
-    with pytest.raises(ValueError, match="of no class was a single pixel classified right"):
-        StageLabeler.from_source(network, [(torch.randn(1, 3, 8, 6), ignored)], anchors)
+    ignored = (torch.randn(1, 3, 8, 6), torch.full((1, 8, 6), 255))
+    for source in ([], [ignored]):
+        with pytest.raises(ValueError, match="of no class was a single pixel classified right"):
+            StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))

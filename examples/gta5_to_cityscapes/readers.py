@@ -1,4 +1,4 @@
-"""Readers of GTA5 and Cityscapes as they lie on disk.
+"""Readers of GTA5, SYNTHIA and Cityscapes as they lie on disk.
 
 Listing a data set also checks it, by file names and by both ends of each file: what is missing,
 cut off or mixed up is said before training starts and not hours into it. Labels of the target's
@@ -13,13 +13,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from classes import train_ids
+from classes import synthia_train_ids, train_ids
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 _PNG_END = b"IEND\xaeB`\x82"
+_RGB_16 = "RGB;16B"  # what Pillow calls the content of a 16-bit RGB PNG, which it opens as "RGB"
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises for a broken file
 
 
@@ -34,23 +36,40 @@ class Pair(NamedTuple):
     label: Path
 
 
+class _LabelFormat(NamedTuple):
+    modes: tuple[str, ...]
+    expected: str
+    mend: str
+
+
+_RAW_IDS = _LabelFormat(
+    ("L", "P"),
+    "a grayscale or paletted PNG of raw label ids",
+    "This looks like a color rendering; use the label id files instead.",
+)
+_SYNTHIA = _LabelFormat(
+    (_RGB_16,),
+    "a 16-bit RGB PNG with the class in its first channel",
+    "Use the files of SYNTHIA's GT/LABELS as they come, not colors, depths or converted labels.",
+)
+
+
 def gta5_pairs(root: Path) -> list[Pair]:
     """List and check `root/images/00001.png` with `root/labels/00001.png`.
 
     Raises:
         DatasetError: If a folder, an image or a label is missing, or a pair does not fit together.
     """
-    images = _list_pngs(root / "images", "*.png")
-    labels = _list_pngs(root / "labels", "*.png")
-    pairs = [Pair(image, root / "labels" / image.name) for image in images]
-    _check_pairs(pairs)
-    orphans = sorted({label.name for label in labels} - {image.name for image in images})
-    if orphans:
-        raise DatasetError(
-            f"{root / 'labels' / orphans[0]} has no image {root / 'images' / orphans[0]} "
-            f"({len(orphans)} such labels). Unpack the missing images or remove these labels."
-        )
-    return pairs
+    return _same_name_pairs(root / "images", root / "labels", _RAW_IDS)
+
+
+def synthia_pairs(root: Path) -> list[Pair]:
+    """List and check RAND_CITYSCAPES: `root/RGB/0000000.png` with `root/GT/LABELS/0000000.png`.
+
+    Raises:
+        DatasetError: If a folder, an image or a label is missing, or a pair does not fit together.
+    """
+    return _same_name_pairs(root / "RGB", root / "GT" / "LABELS", _SYNTHIA)
 
 
 def cityscapes_images(root: Path, split: Literal["train", "val"]) -> list[Path]:
@@ -74,13 +93,29 @@ def cityscapes_pairs(root: Path, split: Literal["train", "val"]) -> list[Pair]:
     images = _list_pngs(root / "leftImg8bit" / split, "*/*_leftImg8bit.png")
     _list_pngs(root / "gtFine" / split, "*/*_gtFine_labelIds.png")
     pairs = [Pair(image, _cityscapes_label(root, image)) for image in images]
-    _check_pairs(pairs)
+    _check_pairs(pairs, _RAW_IDS)
     return pairs
 
 
 def _cityscapes_label(root: Path, image: Path) -> Path:
     name = image.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
     return root / "gtFine" / image.parent.parent.name / image.parent.name / name
+
+
+def _same_name_pairs(
+    image_folder: Path, label_folder: Path, label_format: _LabelFormat
+) -> list[Pair]:
+    images = _list_pngs(image_folder, "*.png")
+    labels = _list_pngs(label_folder, "*.png")
+    pairs = [Pair(image, label_folder / image.name) for image in images]
+    _check_pairs(pairs, label_format)
+    orphans = sorted({label.name for label in labels} - {image.name for image in images})
+    if orphans:
+        raise DatasetError(
+            f"{label_folder / orphans[0]} has no image {image_folder / orphans[0]} "
+            f"({len(orphans)} such labels). Unpack the missing images or remove these labels."
+        )
+    return pairs
 
 
 def _list_pngs(folder: Path, pattern: str) -> list[Path]:
@@ -94,8 +129,8 @@ def _list_pngs(folder: Path, pattern: str) -> list[Path]:
         parent = next(parent for parent in folder.parents if parent.is_dir())
         problem = f"Expected the folder {folder}, but {_describe(parent)}."
     raise DatasetError(
-        f"{problem} Pass the folder that holds images/ and labels/ (GTA5) or leftImg8bit/ and "
-        "gtFine/ (Cityscapes), unpacked."
+        f"{problem} Pass the folder that holds images/ and labels/ (GTA5), RGB/ and GT/LABELS/ "
+        "(SYNTHIA) or leftImg8bit/ and gtFine/ (Cityscapes), unpacked."
     )
 
 
@@ -105,7 +140,7 @@ def _describe(folder: Path) -> str:
     return f"{folder} holds {shown}" if names else f"{folder} is empty"
 
 
-def _check_pairs(pairs: Sequence[Pair]) -> None:
+def _check_pairs(pairs: Sequence[Pair], label_format: _LabelFormat) -> None:
     missing = [pair for pair in pairs if not pair.label.is_file()]
     if missing:
         raise DatasetError(
@@ -115,10 +150,10 @@ def _check_pairs(pairs: Sequence[Pair]) -> None:
     for image, label in tqdm(pairs, desc="checking", leave=False):
         _, image_size = _read_header(image)
         mode, label_size = _read_header(label)
-        if mode not in ("L", "P"):
+        if mode not in label_format.modes:
             raise DatasetError(
-                f"{label}: expected a grayscale or paletted PNG of raw label ids, but got mode "
-                f"{mode}. This looks like a color rendering; use the label id files instead."
+                f"{label}: expected {label_format.expected}, but got mode {mode}. "
+                f"{label_format.mend}"
             )
         if label_size != image_size:
             raise DatasetError(
@@ -138,14 +173,17 @@ def _read_header(path: Path) -> tuple[str, tuple[int, int]]:
             if file.read() != _PNG_END:
                 raise EOFError("the file breaks off")
         with Image.open(path) as image:
-            return image.mode, image.size
+            is_rgb_16 = any(tile.args == _RGB_16 for tile in image.tile)
+            return _RGB_16 if is_rgb_16 else image.mode, image.size
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
-def _read(path: Path) -> Image.Image:
+def _read(path: Path, raw_mode: str | None = None) -> Image.Image:
     try:
         with Image.open(path) as image:
+            if raw_mode:
+                image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
             image.load()
             return image
     except _UNREADABLE as error:
@@ -161,6 +199,8 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def _read_label(path: Path) -> Image.Image:
+    if _read_header(path)[0] == _RGB_16:  # no other data set's labels are
+        return _read_synthia_label(path)
     try:
         return Image.fromarray(train_ids(np.asarray(_read(path))))
     except ValueError as error:
@@ -168,6 +208,22 @@ def _read_label(path: Path) -> Image.Image:
             f"{path}: {error} Use the raw label ids (Cityscapes: *_labelIds.png), not instance "
             "ids or colors."
         ) from error
+
+
+def _read_synthia_label(path: Path) -> Image.Image:
+    try:
+        return Image.fromarray(synthia_train_ids(_read_first_channel(path)))
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error} {_SYNTHIA.mend}") from error
+
+
+def _read_first_channel(path: Path) -> NDArray[np.uint16]:
+    # Of a 16-bit sample Pillow keeps the high byte, which is 0 in every class id. Taking the
+    # samples for little-endian, it keeps the low byte. Together they are the sample.
+    sample: NDArray[np.uint16] = np.asarray(_read(path, "RGB;16B"))[..., 0].astype(np.uint16)
+    sample <<= 8
+    sample |= np.asarray(_read(path, "RGB;16L"))[..., 0]
+    return sample
 
 
 @dataclass(frozen=True)

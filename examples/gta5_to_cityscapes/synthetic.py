@@ -1,4 +1,4 @@
-"""Write a small synthetic pair of data sets in the formats of GTA5 and Cityscapes.
+"""Write a small synthetic pair of data sets in the formats of GTA5 or SYNTHIA, and Cityscapes.
 
 Both are street scenes of all 19 classes, seen in perspective by a camera on the road. What differs
 is gathered in two styles: `SUNNY`, a wide street in a sunny game, and `OVERCAST`, a narrow old town
@@ -13,11 +13,13 @@ import json
 import math
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from classes import CLASSES
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 Color = tuple[int, int, int]
 Range = tuple[float, float]
+SourceFormat = Literal["gta5", "synthia"]
 
 _RAW_IDS = {"unlabeled": 0, "ego vehicle": 1, "static": 4}
 _RAW_IDS |= {entry.name: entry.raw_id for entry in CLASSES}
@@ -771,8 +774,9 @@ def write_synthetic_pair(
     target_images: int = 120,
     val_images: int = 40,
     height: int = 144,
+    source_format: SourceFormat = "gta5",
 ) -> tuple[Path, Path]:
-    """Write a source in GTA5's layout and a target in Cityscapes', or reuse a complete one.
+    """Write a source in GTA5's or SYNTHIA's layout and a target in Cityscapes', or reuse them.
 
     Args:
         root: Folder for both; `complete.json` appears in it last.
@@ -781,6 +785,8 @@ def write_synthetic_pair(
         target_images: Number of target training images; their labels are for analysis only.
         val_images: Number of labeled target validation images.
         height: Height of the target images; the source's vary by 3 % around it.
+        source_format: Layout of the source. The scenes are the same, but SYNTHIA's labels know
+            only the 16 classes of `SYNTHIA_16`; the other pixels are void.
 
     Returns:
         The folder of the source and that of the target.
@@ -799,6 +805,7 @@ def write_synthetic_pair(
             "val_images": val_images,
             "height": height,
         }
+        | ({} if source_format == "gta5" else {"source_format": source_format})
     )
     if complete.is_file() and complete.read_text() == settings:
         return source, target
@@ -806,7 +813,8 @@ def write_synthetic_pair(
     _write(begun, lambda path: path.write_text(settings))
     with tqdm(total=source_images + target_images + val_images, desc="synthetic scenes") as bar:
         for index in range(source_images):
-            _write_source(source, index, height, np.random.default_rng([seed, 0, index]))
+            rng = np.random.default_rng([seed, 0, index])
+            _write_source(source, source_format, index, height, rng)
             bar.update()
         for domain, (split, count) in enumerate((("train", target_images), ("val", val_images)), 1):
             for index in range(count):
@@ -830,16 +838,53 @@ def _clear(root: Path, folders: Sequence[Path], markers: Sequence[Path]) -> None
         marker.unlink(missing_ok=True)
 
 
-def _write_source(root: Path, index: int, height: int, rng: np.random.Generator) -> None:
+def _write_source(
+    root: Path, source_format: SourceFormat, index: int, height: int, rng: np.random.Generator
+) -> None:
     tall = round(height * rng.uniform(0.97, 1.03))
     wide = round(height * 16 / 9 * rng.uniform(0.97, 1.03))
     image, labels = render(SUNNY, wide, tall, rng)
+    write = {"gta5": _write_gta5, "synthia": _write_synthia}[source_format]
+    write(root, index, image, labels)
+
+
+def _write_gta5(
+    root: Path, index: int, image: NDArray[np.uint8], labels: NDArray[np.uint8]
+) -> None:
     paletted = Image.fromarray(labels)
     palette = np.zeros((256, 3), np.uint8)
     palette[[entry.raw_id for entry in CLASSES]] = [entry.color for entry in CLASSES]
     paletted.putpalette(palette.tobytes())
     _write_png(root / "images" / f"{index + 1:05d}.png", Image.fromarray(image))
     _write_png(root / "labels" / f"{index + 1:05d}.png", paletted)
+
+
+def _write_synthia(
+    root: Path, index: int, image: NDArray[np.uint8], labels: NDArray[np.uint8]
+) -> None:
+    synthia_ids = np.zeros(256, np.uint16)
+    for entry in CLASSES:
+        synthia_ids[entry.raw_id] = entry.synthia_id or 0
+    channels = np.zeros((*labels.shape, 3), np.uint16)  # class, instance (none here), unused
+    channels[..., 0] = synthia_ids[labels]
+    content = _png_of_16_bits(channels)
+    _write_png(root / "RGB" / f"{index:07d}.png", Image.fromarray(image))
+    _write(
+        root / "GT" / "LABELS" / f"{index:07d}.png", lambda partial: partial.write_bytes(content)
+    )
+
+
+def _png_of_16_bits(channels: NDArray[np.uint16]) -> bytes:
+    """Encode (height, width, 3) as a 16-bit RGB PNG, which Pillow cannot write."""
+    height, width, _ = channels.shape
+    rows = channels.astype(">u2").view(np.uint8).reshape(height, -1)
+    filtered = np.pad(rows, ((0, 0), (1, 0)))  # each row begins with its filter type: 0, none
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
 
 
 def _write_target(
@@ -870,5 +915,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the synthetic pair of data sets.")
     parser.add_argument("root", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--source-format", choices=get_args(SourceFormat), default="gta5")
     arguments = parser.parse_args()
-    write_synthetic_pair(arguments.root, seed=arguments.seed)
+    write_synthetic_pair(arguments.root, seed=arguments.seed, source_format=arguments.source_format)

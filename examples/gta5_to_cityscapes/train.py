@@ -100,9 +100,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add(
         "--margin",
         type=_margin,
-        default="precision:0.9",
-        help="minimum margin of anchor labels: a number; coverage:Q, by class, on the target; or "
-        "precision:P, by class, on held-out source",
+        default="coverage:0.2,precision:0.5",
+        help="minimum margin of anchor labels: a number; coverage:Q, by class, on the target; "
+        "precision:P, by class, on the held-out source; or several of these, the highest counts",
     )
     add("--probability", type=_fraction, default=0.95, help="minimum of probability labels")
     add("--distance-weight", type=float, default=0.02, help="weight of the distance loss")
@@ -153,12 +153,13 @@ def _fraction(text: str) -> float:
 
 
 def _margin(text: str) -> str:
-    rule, colon, number = text.partition(":")
     try:
-        if colon and rule in ("coverage", "precision"):
-            _fraction(number)
-        elif math.isnan(float(text)):
-            raise ValueError
+        for part in text.split(","):
+            rule, colon, number = part.partition(":")
+            if colon and rule in ("coverage", "precision"):
+                _fraction(number)
+            elif math.isnan(float(part)):
+                raise ValueError
     except (ValueError, argparse.ArgumentTypeError):
         message = f"expected a number, coverage:Q or precision:P with Q, P in [0, 1], got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
@@ -329,24 +330,31 @@ def begin_stage(network: Segmenter, data: Data, settings: Settings) -> Stage:
         network,
         one_by_one(data.source_whole, settings, "anchors"),
         anchors,
-        by_probability=anchorda.ProbabilityPseudoLabeler(settings.probability),
         extract=functools.partial(segment, settings=settings),
     )
-    rule, _, number = settings.margin.rpartition(":")
-    if rule == "precision":
-        labeled = one_by_one(data.held_out, settings, "margins")
-        minimum = count_margins(labeler, labeled, settings).min_score_for_precision(float(number))
-    elif rule == "coverage":
-        target = ((images, None) for images in one_by_one(data.target_whole, settings, "margins"))
-        minimum = count_margins(labeler, target, settings).min_score_for_coverage(float(number))
-    else:
-        minimum = torch.tensor(float(number), device=settings.device)
+    minimum = torch.full((NUM_CLASSES,), -math.inf, device=settings.device)
+    for part in settings.margin.split(","):
+        minimum = torch.maximum(minimum, choose_margin(part, labeler, data, settings))
     anchorda.warn_unreachable_margins(minimum, labeler.centroids, class_names=CLASS_NAMES)
     labeler.by_anchor = anchorda.AnchorPseudoLabeler(minimum)
+    labeler.by_probability = anchorda.ProbabilityPseudoLabeler(settings.probability)
     return Stage(labeler, anchors.counts)
 
 
-@torch.no_grad()
+def choose_margin(
+    part: str, labeler: anchorda.StageLabeler, data: Data, settings: Settings
+) -> Tensor:
+    """The minimum margins by one rule, () or (C,); see --margin."""
+    rule, _, number = part.rpartition(":")
+    if rule == "precision":
+        labeled = one_by_one(data.held_out, settings, "margins")
+        return count_margins(labeler, labeled, settings).min_score_for_precision(float(number))
+    if rule == "coverage":
+        target = ((images, None) for images in one_by_one(data.target_whole, settings, "margins"))
+        return count_margins(labeler, target, settings).min_score_for_coverage(float(number))
+    return torch.tensor(float(number), device=settings.device)
+
+
 def count_margins(
     labeler: anchorda.StageLabeler,
     samples: Iterable[tuple[Tensor, Tensor | None]],
@@ -354,10 +362,8 @@ def count_margins(
 ) -> anchorda.ScoreCalibrator:
     """The margin of every pixel, and whether its nearest anchor is right where that is known."""
     calibrator = anchorda.ScoreCalibrator(NUM_CLASSES).to(settings.device)
-    nearest = anchorda.AnchorPseudoLabeler(float("-inf")).to(settings.device)
     for images, truth in samples:
-        features, _ = segment(labeler.network, images.to(settings.device), settings)
-        labels, margins = nearest(features, labeler.centroids)
+        labels, margins = labeler(images.to(settings.device)).by_anchor
         if truth is not None:
             truth = anchorda.resize_labels(truth.to(settings.device), labels.shape[1:])
         calibrator.update(labels, margins, truth)
@@ -554,8 +560,12 @@ def draw_report(
     save_curves(folder / "curves.png", metrics)
     save_label_quality(folder / "label_quality.png", metrics)
     save_anchor_distances(folder / "anchor_distances.png", stage.labeler.centroids.cpu())
+    # A stage without minimums, to see what other minimums would have done.
+    of_all = anchorda.StageLabeler(
+        stage.labeler.network, stage.labeler.centroids, extract=stage.labeler.extract
+    )
     margins = {
-        domain: count_margins(stage.labeler, one_by_one(dataset, settings, "margins"), settings)
+        domain: count_margins(of_all, one_by_one(dataset, settings, "margins"), settings)
         for domain, dataset in (("held-out source", data.held_out), ("target", data.analysis))
         if dataset is not None
     }

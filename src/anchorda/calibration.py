@@ -20,13 +20,13 @@ from ._checks import (
     check_class_names,
     check_count,
     check_device,
+    check_label_map,
     check_mergeable,
     check_per_class,
     check_range,
     check_same_anchors,
     check_same_labels,
     check_scores,
-    check_tensor,
 )
 from ._ops.reference import has_float64
 from ._state import move_buffers
@@ -64,8 +64,8 @@ class ScoreCalibrator(nn.Module):
     well. A minimum for a coverage is thus at most 1.1 % below the exact quantile within that range.
     The memory is that of (3, C, 3708) int64 counts, 1.7 MB for 19 classes, however long the stream.
 
-    Take the labels from a labeler that leaves none out (a minimum of 0, or −∞): pixels without a
-    label belong to no class and are not counted.
+    Take the labels from a labeler that leaves none out (a minimum of −∞): pixels without a label
+    belong to no class and are not counted.
 
     Args:
         num_classes: C.
@@ -83,7 +83,7 @@ class ScoreCalibrator(nn.Module):
     >>> calibrator.update(labels, scores, truth=torch.tensor([[1, 0, 0, 0, 0, 0]]))
     >>> calibrator.min_score_for_coverage(0.5)
     tensor([2.9858, 0.8993])
-    >>> calibrator.min_score_for_precision(0.9)
+    >>> calibrator.min_score_for_precision(0.9, min_count=1)
     tensor([1.9785,    inf])
     """
 
@@ -148,23 +148,26 @@ class ScoreCalibrator(nn.Module):
         enough = self.curve().coverage >= coverage
         return self.edges[enough.sum(dim=1) - 1]
 
-    def min_score_for_precision(self, precision: float) -> Tensor:
+    def min_score_for_precision(self, precision: float, *, min_count: int = 100) -> Tensor:
         """The minimum (C,) float32 that labels most of each class at this precision or above.
 
-        Of minimums that label the same pixels it is the largest. Infinite for a class that does
-        not reach the precision anywhere, or of which no pixel was judged.
+        Of minimums that label the same judged pixels it is the largest. Infinite for a class that
+        does not reach the precision where at least ``min_count`` judged pixels exceed the minimum:
+        among thousands of candidates a few lucky pixels reach any precision. Even so it is what was
+        measured and not a bound, and neighboring pixels are no independent samples.
 
         Raises:
             ValueError: if no pixel at all came with its truth.
         """
         check_range(precision, "precision", 0.0, 1.0)
+        check_count(min_count, "min_count")
         judged = _above(self.counts[:2].sum(dim=0))
         if not bool(judged.any()):
             raise ValueError(
                 "Expected true labels to measure a precision by, but got none. Pass `truth` to "
                 "`update`, as on labeled source images, or use min_score_for_coverage."
             )
-        enough = self.curve().precision >= precision
+        enough = (self.curve().precision >= precision) & (judged >= min_count)
         labeled = judged.gather(1, enough.long().argmax(dim=1, keepdim=True))
         largest = (judged >= labeled).sum(dim=1) - 1
         return torch.where(enough.any(dim=1), self.edges[largest], torch.inf)
@@ -178,7 +181,11 @@ class ScoreCalibrator(nn.Module):
         return PrecisionCoverage(self.edges, coverage, right.to(dtype) / (right + wrong))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        without_values = self.edges.is_meta
         move_buffers(self, fn)
+        if without_values and not self.edges.is_meta:
+            # Not in any state_dict, so nothing else would fill them in.
+            self.edges = _edges().to(self.edges.device)
         return self
 
     def extra_repr(self) -> str:
@@ -231,7 +238,7 @@ def warn_unreachable_margins(
     """Warn of classes whose minimum margin no pixel can exceed, with their `margin_limits`.
 
     A minimum of infinity is a class left out on purpose, and unseen classes are never labeled:
-    neither is warned of. Relative margins have no such limit below 1.
+    neither is warned of. Relative margins are not meant here: they have no such limit below 1.
 
     Args:
         min_margin: one number, or ``(C,)``; see `AnchorPseudoLabeler`.
@@ -240,7 +247,7 @@ def warn_unreachable_margins(
 
     Raises:
         TypeError: if a dtype is wrong.
-        ValueError: if a shape or a device is wrong, or the number of names.
+        ValueError: if a shape is wrong, or the number of names.
 
     Source: see `margin_limits`.
 
@@ -253,6 +260,11 @@ def warn_unreachable_margins(
     """  # noqa: E501
     limits = margin_limits(anchors)
     minimum = torch.as_tensor(min_margin, dtype=limits.dtype, device=limits.device)
+    if minimum.ndim > 1:
+        raise ValueError(
+            f"Expected `min_margin` to be one number or of shape (C,) = ({len(limits)},), "
+            f"but got {tuple(minimum.shape)}."
+        )
     check_per_class(minimum, "min_margin", anchors, "anchors", len(anchors))
     names = check_class_names(class_names, len(anchors))
     unreachable = minimum.isfinite() & (minimum >= limits)
@@ -277,7 +289,7 @@ class AnchorHealth:
     """What `anchor_health` returns; ``str()`` of it is a short table."""
 
     distances: Tensor
-    """(C, C): Euclidean distance between each two anchors, 0 on the diagonal, NaN if unseen."""
+    """(C, C): Euclidean distance between each two anchors; NaN if one of them is unseen."""
     nearest: Tensor
     """(C,) int64: the class of the nearest other anchor; −1 where there is none."""
     limits: Tensor
@@ -354,7 +366,7 @@ def anchor_health(
     train      0  -               -      -  unseen
     """
     check_anchor_rows(anchors)
-    check_tensor(counts, "counts")
+    check_label_map(counts, "counts")
     check_count(min_count, "min_count")
     if counts.shape != anchors.shape[:1]:
         raise ValueError(
@@ -367,13 +379,17 @@ def anchor_health(
     to_others = _anchor_to_anchor(anchors)
     limits, nearest = to_others.min(dim=1)
     seen = anchors.isfinite().all(dim=1)
-    moved = anchors - (torch.nan if previous is None else previous)
+    distances = torch.where(to_others.isinf(), torch.nan, to_others)
+    distances.diagonal().copy_(torch.where(seen, 0.0, torch.nan))
+    # Not in half precision, whose squares overflow.
+    before = torch.full_like(anchors, torch.nan) if previous is None else previous
+    moved = (anchors.detach().to(limits.dtype) - before.detach().to(limits.dtype)).norm(dim=1)
     return AnchorHealth(
-        distances=torch.where(to_others.isinf(), torch.nan, to_others).fill_diagonal_(0.0),
+        distances=distances,
         nearest=torch.where(limits.isfinite(), nearest, -1),
         limits=limits,
         counts=counts.long(),
-        drift=torch.linalg.vector_norm(moved, dim=1),
+        drift=torch.where(moved.isfinite(), moved, torch.nan),
         unseen=~seen,
         too_few=seen & (counts < min_count),
     )

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._checks import check_sums
 from .anchors import CategoryAnchors, ClassSums
 from .calibration import ScoreCalibrator
 from .evaluation import ConfusionMatrix, PseudoLabelQuality
@@ -54,9 +55,9 @@ def all_reduce_class_sums(
         ``torch.distributed`` the values are those given.
 
     Raises:
-        TypeError: if ``class_sums`` is not a `ClassSums`.
-        ValueError: on every rank, if shapes or dtypes differ between ranks; or if this process is
-            not in ``group``.
+        TypeError: if ``class_sums`` is not a `ClassSums`, or a dtype is wrong.
+        ValueError: on every rank, if shapes or dtypes differ between ranks or do not fit each
+            other; or if this process is not in ``group``.
 
     Source: equation 2 of CAG-UDA (arXiv 1910.13049) is a ratio of sums, and sums add up over ranks.
 
@@ -75,6 +76,7 @@ def all_reduce_class_sums(
     sums, counts = class_sums
     shapes = f"sums={tuple(sums.shape)} {sums.dtype}, counts={tuple(counts.shape)} {counts.dtype}"
     _check_agreement(f"ClassSums({shapes})", sums.device, group)
+    check_sums(sums, counts, (len(counts), sums.shape[-1]))
     return ClassSums(_sum(sums, group), _sum(counts.long(), group))
 
 
@@ -123,8 +125,7 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
     if not isinstance(state, State):
         kinds = ", ".join(kind.__name__ for kind in get_args(State))
         raise TypeError(f"Expected `state` to be one of {kinds}, but got {type(state).__name__}.")
-    settings = state.extra_repr() or f"num_classes={len(state.counts)}"
-    _check_agreement(f"{type(state).__name__}({settings})", state.counts.device, group)
+    check_agreement(state, group)
     if not _ranks(group):
         return
     counts = _sum(state.counts, group)
@@ -136,6 +137,12 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
         if state.max_count is not None:
             counts.clamp_(max=state.max_count)
     state.counts.copy_(counts)
+
+
+def check_agreement(state: State, group: dist.ProcessGroup | None) -> None:
+    """Reject on every rank what `all_reduce` would: before the work that leads up to it."""
+    settings = state.extra_repr() or f"num_classes={len(state.counts)}"
+    _check_agreement(f"{type(state).__name__}({settings})", state.counts.device, group)
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int]:

@@ -296,8 +296,12 @@ _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what files of torch before 1.6 begin wi
 
 
 @final
-class _Reader(pickle.Unpickler):
-    """Reads a pickle into plain values, `_Global` and `_Built`."""
+class _Reader(pickle._Unpickler):
+    """Reads a pickle into plain values, `_Global` and `_Built`.
+
+    It builds on the unpickler in Python, as that in C takes registered extensions from a cache
+    without asking.
+    """
 
     def __init__(self, pickled: IO[bytes], archive: zipfile.ZipFile | None = None) -> None:
         super().__init__(pickled)
@@ -309,6 +313,9 @@ class _Reader(pickle.Unpickler):
                 f"it names {module}.{name}, which no array needs; nothing of it was run"
             )
         return _Global(name)
+
+    def get_extension(self, code: int) -> None:
+        raise _UnfitError(f"it names the pickle extension {code}; nothing of it was run")
 
     def persistent_load(self, pid: object) -> tuple[torch.dtype, bytes]:
         match pid:
@@ -344,7 +351,8 @@ def _anchors(content: object) -> Tensor:
         case {"objective_vectors": vectors, "objective_num": counts}:
             anchors, seen = _tensor(vectors), _tensor(counts) > 0
         case dict():
-            raise _UnfitError(f"it is a dict with the keys {list(content)}")
+            keys = ", ".join(repr(key[:40]) for key in list(content)[:5] if isinstance(key, str))
+            raise _UnfitError(f"it is a dict of other keys: {keys}")
         case _:
             anchors = _tensor(content)
             seen = (anchors != 0).any(dim=-1)
@@ -380,6 +388,8 @@ def _tensor(value: object) -> Tensor:
             "_rebuild_tensor_v2",
             ((torch.dtype() as dtype, bytes(data)), int(offset), tuple(size), tuple(stride), *_),
         ):
+            if math.prod(size) > len(data):
+                raise _UnfitError("it holds a tensor that is larger than its data")
             # Checked by torch to stay within the data.
             return torch.frombuffer(bytearray(data), dtype=dtype).as_strided(size, stride, offset)
     other = "an array of another kind" if isinstance(value, _Built) else type(value).__name__

@@ -1,11 +1,15 @@
 """Readers: true formats, errors that name the file and the mend, geometry, and sealed labels."""
 
 import re
-from collections.abc import Callable, Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import readers
 import torch
 from classes import IGNORE, PALETTE
 from numpy.typing import NDArray
@@ -19,6 +23,7 @@ from readers import (
     cityscapes_images,
     cityscapes_pairs,
     gta5_pairs,
+    synthia_pairs,
 )
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -49,6 +54,45 @@ def _pixels(height: int, width: int) -> NDArray[np.uint8]:
 
 def _raw(height: int, width: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).choice([0, 7, 8, 26, 34, 255], (height, width)).astype(np.uint8)
+
+
+def _save_rgb_16(path: Path, width: int, filtered: bytes, parts: int = 1) -> Path:
+    """Write a 16-bit RGB PNG from its rows, each its filter type and then its filtered bytes."""
+    height = len(filtered) // (1 + 6 * width)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    packed = zlib.compress(filtered)
+    cuts = [len(packed) * part // parts for part in range(parts + 1)]
+    chunks = [(b"IHDR", header)]
+    chunks += [(b"IDAT", packed[start:end]) for start, end in pairwise(cuts)]
+    chunks += [(b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks:
+        crc = struct.pack(">I", zlib.crc32(name + data))
+        content += struct.pack(">I", len(data)) + name + data + crc
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def _save_synthia(path: Path, ids: NDArray[np.uint16]) -> Path:
+    """Write a label as SYNTHIA does: class and instance in the first two of three channels."""
+    instances = np.arange(ids.size, dtype=np.uint16).reshape(ids.shape) * 37
+    channels = np.stack([ids, instances, np.zeros_like(ids)], -1).astype(">u2")
+    return _save_rgb_16(path, ids.shape[1], b"".join(b"\0" + row.tobytes() for row in channels))
+
+
+def _synthia_ids(height: int, width: int) -> NDArray[np.uint16]:
+    return np.random.default_rng(0).integers(0, 23, (height, width), np.uint16)
+
+
+@pytest.fixture
+def synthia(tmp_path: Path) -> Path:
+    for index, (height, width) in enumerate([(20, 36), (22, 34), (20, 36)]):
+        _save(tmp_path / "RGB" / f"{index:07d}.png", _pixels(height, width))
+        path = tmp_path / "GT" / "LABELS" / f"{index:07d}.png"
+        _save_synthia(path, _synthia_ids(height, width))
+        _save(tmp_path / "GT" / "COLOR" / path.name, _pixels(height, width))
+    return tmp_path
 
 
 @pytest.fixture
@@ -231,6 +275,176 @@ def test_labels_of_the_target_training_images_are_never_opened(cityscapes: Path)
     assert [type(batch) for batch in batches] == [Tensor]
     assert batches[0].shape == (2, 3, 20, 40)
     assert len(cityscapes_pairs(cityscapes, "val")) == 1
+
+
+# ---- SYNTHIA's labels ---------------------------------------------------------------------------
+
+
+def test_synthia_pairs_and_their_train_ids(synthia: Path) -> None:
+    pairs = synthia_pairs(synthia)
+    assert [pair.image for pair in pairs] == sorted((synthia / "RGB").iterdir())
+    assert [pair.label for pair in pairs] == sorted((synthia / "GT" / "LABELS").iterdir())
+    train_id_of = [255, 10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 255, 255, 6]
+    train_id_of += [255, 12, 255, 15, 255, 3, 255]
+    for image, labels in _items(LabeledImages(pairs, WHOLE)):
+        ids = _synthia_ids(*labels.shape)
+        assert image.shape == (3, 20, round(20 * labels.shape[1] / labels.shape[0]))
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, torch.tensor(train_id_of)[torch.from_numpy(ids).long()])
+
+
+# Samples (3, 515, 0) (8, 260, 0) over (21, 770, 0) (1, 256, 0), filtered by hand.
+UPPER = "00 000302030000 000801040000"
+
+
+@pytest.mark.parametrize(
+    "lower",
+    [
+        "00 001503020000 000101000000",
+        "01 001503020000 00ecfefe0000",
+        "02 001201ff0000 00f900fc0000",
+        "03 001402010000 00f3fffd0000",
+        "04 001201ff0000 00ecfffd0000",
+    ],
+    ids=["none", "sub", "up", "average", "paeth"],
+)
+def test_each_filter_type_by_hand(tmp_path: Path, lower: str) -> None:
+    label = _save_rgb_16(tmp_path / "label.png", 2, bytes.fromhex(UPPER + lower))
+    image = _save(tmp_path / "image.png", _pixels(2, 2))
+    _, labels = LabeledImages([Pair(image, label)], ResizeAndCrop(2))[0]
+    assert labels.tolist() == [[0, 13], [3, 10]]
+
+
+def _filtered(rows: NDArray[np.uint8], kinds: Sequence[int]) -> bytes:
+    """Filter rows (H, bytes) as the PNG specification says, one byte after the other."""
+    content = bytearray()
+    for y, kind in enumerate(kinds):
+        content.append(kind)
+        for x in range(rows.shape[1]):
+            a = int(rows[y, x - 6]) if x >= 6 else 0
+            b = int(rows[y - 1, x]) if y else 0
+            c = int(rows[y - 1, x - 6]) if y and x >= 6 else 0
+            paeth = min((a, b, c), key=lambda value: abs(a + b - c - value))
+            predicted = (0, a, b, (a + b) // 2, paeth)[kind]
+            content.append((int(rows[y, x]) - predicted) % 256)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("kinds", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (3, 3, 4, 4, 1), (4,), (2,)])
+def test_every_16_bit_sample_is_read_whole(
+    tmp_path: Path, kinds: tuple[int, ...], parts: int
+) -> None:
+    samples = np.random.default_rng(0).integers(0, 65536, (len(kinds), 13, 3), np.uint16)
+    samples[0, :4, 0] = (0, 255, 256, 65535)
+    rows = samples.astype(">u2").view(np.uint8).reshape(len(kinds), -1)
+    path = _save_rgb_16(tmp_path / "label.png", 13, _filtered(rows, kinds), parts)
+    channel = readers._read_first_channel(path)
+    assert channel.dtype == np.uint16
+    assert np.array_equal(channel, samples[..., 0])
+
+
+def test_synthia_labels_are_cropped_with_their_image(tmp_path: Path) -> None:
+    ids = np.arange(1, 13, dtype=np.uint16).repeat(10)[None].repeat(60, 0)
+    label = _save_synthia(tmp_path / "label.png", ids)
+    image = _save(tmp_path / "image.png", _pixels(60, 120))
+    dataset = LabeledImages([Pair(image, label)], ResizeAndCrop(60, (24, 32), flip=True))
+    train_id_of = torch.tensor([255, 10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17])
+    for seed in range(6):
+        torch.manual_seed(seed)
+        pixels, labels = dataset[0]
+        columns = (pixels[0] * 255).round().long()
+        assert torch.equal(labels, train_id_of[1 + columns // 10])
+
+
+def test_synthia_missing_label_folder(synthia: Path) -> None:
+    (synthia / "GT" / "LABELS").rename(synthia / "GT" / "IDS")
+    message = _message(lambda: synthia_pairs(synthia))
+    assert f"Expected the folder {synthia / 'GT' / 'LABELS'}" in message
+    assert "GT holds COLOR, IDS" in message
+    assert "RGB/ and GT/LABELS/ (SYNTHIA)" in message
+
+
+def test_gta5_folder_taken_for_synthia(gta5: Path) -> None:
+    message = _message(lambda: synthia_pairs(gta5))
+    assert f"Expected the folder {gta5 / 'RGB'}" in message
+    assert "holds images, labels" in message
+
+
+def test_synthia_image_without_label(synthia: Path) -> None:
+    (synthia / "GT" / "LABELS" / "0000001.png").unlink()
+    message = _message(lambda: synthia_pairs(synthia))
+    assert f"{synthia / 'RGB' / '0000001.png'} has no label" in message
+    assert "1 of 3 images" in message
+
+
+def test_synthia_label_without_image(synthia: Path) -> None:
+    (synthia / "RGB" / "0000001.png").unlink()
+    message = _message(lambda: synthia_pairs(synthia))
+    assert f"{synthia / 'GT' / 'LABELS' / '0000001.png'} has no image" in message
+    assert str(synthia / "RGB" / "0000001.png") in message
+
+
+def test_synthia_label_of_another_size(synthia: Path) -> None:
+    path = _save_synthia(synthia / "GT" / "LABELS" / "0000001.png", _synthia_ids(11, 17))
+    message = _message(lambda: synthia_pairs(synthia))
+    assert f"{path} is 17x11" in message
+    assert "0000001.png is 34x22" in message
+
+
+@pytest.mark.parametrize(("color", "mode"), [(True, "RGB"), (False, "L")])
+def test_synthia_label_of_8_bits(synthia: Path, color: bool, mode: str) -> None:
+    pixels = _pixels(22, 34) if color else _raw(22, 34)
+    path = _save(synthia / "GT" / "LABELS" / "0000001.png", pixels)
+    message = _message(lambda: synthia_pairs(synthia))
+    assert f"{path}: expected a 16-bit RGB PNG" in message
+    assert f"got mode {mode}." in message
+    assert "GT/LABELS as they come" in message
+
+
+def test_synthia_label_taken_for_gta5(gta5: Path) -> None:
+    path = _save_synthia(gta5 / "labels" / "00002.png", _synthia_ids(22, 34))
+    message = _message(lambda: gta5_pairs(gta5))
+    assert f"{path}: expected a grayscale or paletted PNG" in message
+    assert "got mode RGB;16B" in message
+
+
+@pytest.mark.parametrize("folder", ["RGB", "GT/LABELS"])
+@pytest.mark.parametrize("kept", [slice(0), slice(60), slice(-40), slice(-1)])
+def test_synthia_truncated_file(synthia: Path, folder: str, kept: slice) -> None:
+    path = synthia / folder / "0000001.png"
+    path.write_bytes(path.read_bytes()[kept])
+    message = _message(lambda: synthia_pairs(synthia))
+    assert f"{path} is not a readable image" in message
+    assert "download it again" in message
+
+
+def test_synthia_broken_pixels(synthia: Path) -> None:
+    path = synthia / "GT" / "LABELS" / "0000000.png"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"IDAT") + 4
+    content[start : start + 20] = bytes(20)
+    path.write_bytes(content)
+    dataset = LabeledImages(synthia_pairs(synthia), WHOLE)
+    assert f"{path} is not a readable image" in _message(lambda: dataset[0])
+
+
+def test_synthia_unknown_filter_type(synthia: Path) -> None:
+    path = _save_rgb_16(synthia / "GT" / "LABELS" / "0000000.png", 36, (b"\5" + bytes(216)) * 20)
+    dataset = LabeledImages(synthia_pairs(synthia), WHOLE)
+    assert f"{path} is not a readable image" in _message(lambda: dataset[0])
+
+
+@pytest.mark.parametrize("unknown", [23, 77, 256 + 3])
+def test_synthia_unknown_id(synthia: Path, unknown: int) -> None:
+    ids = _synthia_ids(20, 36)
+    ids[3, 4] = unknown
+    path = _save_synthia(synthia / "GT" / "LABELS" / "0000000.png", ids)
+    dataset = LabeledImages(synthia_pairs(synthia), WHOLE)
+    message = _message(lambda: dataset[0])
+    assert str(path) in message
+    assert f"[{unknown}]" in message
+    assert "GT/LABELS as they come" in message
 
 
 # ---- geometry -----------------------------------------------------------------------------------

@@ -1,21 +1,37 @@
 """The synthetic pair: formats, classes, reproducibility, interrupted and foreign folders."""
 
 import hashlib
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import readers
 import synthetic
-from classes import NUM_CLASSES, train_ids
+from classes import CLASSES, IGNORE, NUM_CLASSES, SYNTHIA_16, train_ids
 from numpy.typing import NDArray
 from PIL import Image
-from readers import cityscapes_images, cityscapes_pairs, gta5_pairs
-from synthetic import write_synthetic_pair
+from readers import (
+    LabeledImages,
+    ResizeAndCrop,
+    cityscapes_images,
+    cityscapes_pairs,
+    gta5_pairs,
+    synthia_pairs,
+)
+from synthetic import SourceFormat, write_synthetic_pair
 
 
-def _write(root: Path, seed: int = 0) -> tuple[Path, Path]:
+def _write(root: Path, seed: int = 0, *, source_format: SourceFormat = "gta5") -> tuple[Path, Path]:
     return write_synthetic_pair(
-        root, seed=seed, source_images=3, target_images=2, val_images=2, height=48
+        root,
+        seed=seed,
+        source_images=3,
+        target_images=2,
+        val_images=2,
+        height=48,
+        source_format=source_format,
     )
 
 
@@ -69,6 +85,57 @@ def test_every_class_and_ignored_pixels_occur_in_both_domains(pair: tuple[Path, 
         images_with = np.sum([np.bincount(ids.ravel(), minlength=256) > 0 for ids in labels], 0)
         assert (images_with[:NUM_CLASSES] >= 2).all()
         assert images_with[255] > 0
+
+
+def test_synthia_source_shows_the_scenes_of_the_gta5_source(tmp_path: Path) -> None:
+    gta5, target = _write(tmp_path / "gta5")
+    synthia, same_target = _write(tmp_path / "synthia", source_format="synthia")
+    assert _digests(target) == _digests(same_target)
+    assert [path.name for path in sorted(synthia.iterdir())] == ["GT", "RGB"]
+    whole = ResizeAndCrop(48)
+    pairs = synthia_pairs(synthia)
+    assert [pair.image.name for pair in pairs] == ["0000000.png", "0000001.png", "0000002.png"]
+    for pair, same in zip(pairs, gta5_pairs(gta5), strict=True):
+        assert pair.image.read_bytes() == same.image.read_bytes()
+        expected = _labels(same.label)
+        expected[~np.isin(expected, SYNTHIA_16)] = IGNORE
+        _, labels = LabeledImages([pair], whole)[0]
+        assert np.array_equal(labels.numpy(), expected)
+
+
+def test_every_painted_id_is_written_as_synthia_has_it(tmp_path: Path) -> None:
+    painted = np.array([[0, 1, 4, *(entry.raw_id for entry in CLASSES)]] * 2, np.uint8)
+    synthetic._write_synthia(tmp_path, 0, np.zeros((*painted.shape, 3), np.uint8), painted)
+    _, labels = LabeledImages(synthia_pairs(tmp_path), ResizeAndCrop(2))[0]
+    expected = [c if c in SYNTHIA_16 else IGNORE for c in range(NUM_CLASSES)]
+    assert labels.tolist() == [[IGNORE, IGNORE, IGNORE, *expected]] * 2
+
+
+def test_every_16_bit_sample_is_written(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), np.uint16)
+    content = synthetic._png_of_16_bits(samples)
+    for first in range(3):  # the reader knows the first channel
+        path = tmp_path / f"{first}.png"
+        path.write_bytes(synthetic._png_of_16_bits(np.roll(samples, -first, 2)))
+        assert np.array_equal(readers._read_first_channel(path), samples[..., first])
+    with Image.open(io.BytesIO(content)) as image:
+        image.verify()  # the checksums
+        assert image.size == (7, 5)
+
+
+def test_source_formats_are_told_apart(tmp_path: Path) -> None:
+    _write(tmp_path / "a")
+    before = _digests(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "complete.json").read_text())
+    assert "source_format" not in settings  # pairs from before there was a choice stay complete
+    _write(tmp_path / "a", source_format="synthia")
+    _write(tmp_path / "b", source_format="synthia")
+    assert _digests(tmp_path / "a") == _digests(tmp_path / "b")  # nothing of GTA5's layout is left
+    stamp = (tmp_path / "a" / "source" / "RGB" / "0000000.png").stat().st_mtime_ns
+    _write(tmp_path / "a", source_format="synthia")
+    assert (tmp_path / "a" / "source" / "RGB" / "0000000.png").stat().st_mtime_ns == stamp
+    _write(tmp_path / "a")
+    assert _digests(tmp_path / "a") == before
 
 
 def test_same_seed_gives_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
