@@ -1,5 +1,6 @@
 """The released objective against golden numbers and a loop; anchor files, hostile ones too."""
 
+import copyreg
 import importlib.util
 import io
 import math
@@ -825,6 +826,36 @@ def test_misused_names_of_arrays(path: Path, name: str) -> None:
         load_category_anchors(path)
 
 
+def test_registered_extensions_are_refused(path: Path, tmp_path: Path) -> None:
+    """An earlier unpickling may have left what an extension code stands for in a cache."""
+    witness = tmp_path / "witness"
+    payload = b"\x80\x02\x82\x05X" + len(str(witness)).to_bytes(4, "little")
+    payload += str(witness).encode() + b"\x85R."
+    copyreg._extension_cache[5] = os.mkdir  # type: ignore[attr-defined]
+    try:
+        path.write_bytes(payload)
+        with pytest.raises(ValueError, match="it names the pickle extension 5; nothing of it was"):
+            load_category_anchors(path)
+        assert not witness.exists()
+        pickle.loads(payload)  # the payload does bite
+        assert witness.exists()
+    finally:
+        del copyreg._extension_cache[5]  # type: ignore[attr-defined]
+
+
+def test_a_tensor_larger_than_its_data_is_refused(path: Path) -> None:
+    torch.save(torch.zeros(1, 1).expand(1000, 1000), path)
+    with pytest.raises(ValueError, match="it holds a tensor that is larger than its data"):
+        load_category_anchors(path)
+
+
+def test_keys_are_named_in_few_words(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"k" * 10**6: 1, (1, 2): 2}, protocol=2))
+    with pytest.raises(ValueError, match=r"it is a dict of other keys: 'k{40}'") as raised:
+        load_category_anchors(path)
+    assert len(str(raised.value)) < 600
+
+
 @pytest.mark.parametrize(
     ("stride", "offset", "key"),
     [
@@ -873,10 +904,10 @@ def test_truncated(path: Path, save: Save) -> None:
     [
         ([1, 2], "it holds list in place of an array of numbers"),
         (None, "it holds NoneType in place of an array of numbers"),
-        ({"vectors": 1}, "it is a dict with the keys ['vectors']"),
+        ({"vectors": 1}, "it is a dict of other keys: 'vectors'"),
         (
             {"objective_vectors": np.ones((2, 3))},
-            "it is a dict with the keys ['objective_vectors']",
+            "it is a dict of other keys: 'objective_vectors'",
         ),
         (np.ones(3), "its anchors are torch.float64 of shape (3,)"),
         (np.ones((1, 2, 3)), "its anchors are torch.float64 of shape (1, 2, 3)"),

@@ -21,7 +21,8 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from augment import photometric
-from classes import CLASS_NAMES, NUM_CLASSES
+from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, SYNTHIA_13, SYNTHIA_16
+from deeplab import DeepLab, load_backbone
 from network import Segmenter, SmallSegmenter
 from readers import (
     DatasetError,
@@ -31,6 +32,7 @@ from readers import (
     cityscapes_images,
     cityscapes_pairs,
     gta5_pairs,
+    synthia_pairs,
 )
 from records import Records, load_checkpoint, save_checkpoint, write_atomically
 from report import (
@@ -60,6 +62,9 @@ class Settings(argparse.Namespace):
     source: Path | None
     target: Path | None
     output: Path
+    source_format: str
+    network: str
+    backbone: Path | None
     labels: str
     margin: str
     probability: float
@@ -88,9 +93,22 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--source", type=Path, help="GTA5 folder (images, labels); none: a synthetic pair")
+    add("--source", type=Path, help="GTA5 or SYNTHIA folder; none: a synthetic pair")
     add("--target", type=Path, help="Cityscapes folder (leftImg8bit, gtFine)")
     add("--output", type=Path, required=True, help="folder for metrics, checkpoints and report")
+    add(
+        "--source-format",
+        choices=("gta5", "synthia"),
+        default="gta5",
+        help="gta5: images, labels; synthia: RGB, GT/LABELS, and its 16 classes in evaluation",
+    )
+    add(
+        "--network",
+        choices=("small", "deeplab18", "deeplab50", "deeplab101"),
+        default="small",
+        help="small is for a CPU; deeplab101 is the paper's",
+    )
+    add("--backbone", type=Path, help="ImageNet weights of DeepLab's ResNet, as torchvision's")
     add(
         "--labels",
         choices=("anchor", "probability", "both"),
@@ -129,6 +147,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         parser.error(f"--batch {settings.batch} cannot be halved between the domains")
     if (settings.source is None) != (settings.target is None):
         parser.error("--source and --target belong together: give both, or neither")
+    if settings.backbone is not None and settings.network == "small":
+        parser.error("--backbone holds weights of a ResNet: choose a --network that has one")
     if settings.warmup_checkpoint is not None and not settings.warmup_checkpoint.is_file():
         parser.error(f"there is no warm-up checkpoint {settings.warmup_checkpoint}")
     if (settings.output / "metrics.jsonl").exists():
@@ -185,6 +205,8 @@ class Data:
     """The target's validation split."""
     analysis: LabeledImages | None
     """The target's training split with its labels, if there are any: never trained on."""
+    evaluated: tuple[int, ...]
+    """The classes that the source knows: the truth of others is ignored in evaluation."""
     class_weight: Tensor
     """(C,): of the source's classes in its cross-entropy."""
 
@@ -193,10 +215,15 @@ def open_data(settings: Settings) -> Data:
     """List and check both data sets, writing the synthetic ones first if none are given."""
     source, target = settings.source, settings.target
     if source is None or target is None:
-        source, target = write_synthetic_pair(settings.output / "synthetic", seed=settings.seed)
+        source, target = write_synthetic_pair(
+            settings.output / "synthetic",
+            seed=settings.seed,
+            source_format="synthia" if settings.source_format == "synthia" else "gta5",
+        )
     whole = ResizeAndCrop(settings.height)
     crops = ResizeAndCrop(settings.height, settings.crop, flip=True)
-    source_pairs = gta5_pairs(source)
+    is_synthia = settings.source_format == "synthia"
+    source_pairs = synthia_pairs(source) if is_synthia else gta5_pairs(source)
     target_images = cityscapes_images(target, "train")
     has_truth = (target / "gtFine" / "train").is_dir()
     some = max(1, len(source_pairs) // 10)
@@ -210,6 +237,7 @@ def open_data(settings: Settings) -> Data:
         target_whole=UnlabeledImages(target_images, whole),
         evaluation=LabeledImages(cityscapes_pairs(target, "val"), whole),
         analysis=LabeledImages(cityscapes_pairs(target, "train"), whole) if has_truth else None,
+        evaluated=SYNTHIA_16 if is_synthia else tuple(range(NUM_CLASSES)),
         class_weight=class_weight(source_whole, settings).to(settings.device),
     )
 
@@ -431,9 +459,11 @@ def evaluate(network: Segmenter, data: Data, settings: Settings) -> anchorda.Con
     """Score a network on the target's validation split."""
     network.eval()
     confusion = anchorda.ConfusionMatrix(NUM_CLASSES).to(settings.device)
+    evaluated = torch.tensor(data.evaluated, device=settings.device)
     for images, labels in one_by_one(data.evaluation, settings, "evaluation"):
-        predictions = predict(network, images, labels.shape[1:], settings)
-        confusion.update(predictions, labels.to(settings.device))
+        labels = labels.to(settings.device)
+        labels = labels.where(torch.isin(labels, evaluated), IGNORE)
+        confusion.update(predict(network, images, labels.shape[1:], settings), labels)
     return confusion
 
 
@@ -473,6 +503,9 @@ def adapt(settings: Settings) -> Path:
         name = phase.replace(" ", "-") + ".pt"
         save_checkpoint(settings.output / "checkpoints" / name, parts)
         print(f"\n{score_table(scores)}\n", flush=True)
+        if settings.source_format == "synthia":
+            mean = scores[phase].iou()[list(SYNTHIA_13)].nanmean().item()
+            print(f"mIoU without wall, fence and pole: {100 * mean:.1f}\n", flush=True)
 
     if settings.baseline:
         baseline = new_network(settings)
@@ -512,9 +545,14 @@ def adapt(settings: Settings) -> Path:
 
 
 def new_network(settings: Settings) -> Segmenter:
-    """The untrained network, the same for the same seed."""
+    """The network to begin with, the same for the same seed."""
     torch.manual_seed(settings.seed)
-    return SmallSegmenter(NUM_CLASSES).to(settings.device)
+    if settings.network == "small":
+        return SmallSegmenter(NUM_CLASSES).to(settings.device)
+    network = DeepLab(NUM_CLASSES, depth=int(settings.network.removeprefix("deeplab")))
+    if settings.backbone is not None:
+        load_backbone(network, settings.backbone)
+    return network.to(settings.device)
 
 
 def score_table(scores: dict[str, anchorda.ConfusionMatrix]) -> str:

@@ -308,6 +308,8 @@ class _Reader(pickle._Unpickler):
         self._archive = archive
 
     def find_class(self, module: str, name: str) -> _Global:
+        if not name:
+            raise pickle.UnpicklingError("it ends within a name")
         if f"{module}.{name}" not in _GLOBALS:
             raise _UnfitError(
                 f"it names {module}.{name}, which no array needs; nothing of it was run"

@@ -17,6 +17,7 @@ from synthetic import write_synthetic_pair
 import anchorda
 
 TRAIN = Path(train.__file__)
+UNKNOWN_TO_SYNTHIA = ("terrain", "truck", "train")
 TINY = [
     *("--height", "32", "--crop", "32", "48", "--batch", "4", "--workers", "0"),
     *("--warmup-iterations", "3", "--stages", "2", "--stage-iterations", "2", "--device", "cpu"),
@@ -124,6 +125,24 @@ def test_same_seed_same_bits_also_from_a_warm_up_checkpoint(
     assert not same(whole, network_of(tmp_path / "other", "stage-2"))
 
 
+def test_synthia_is_evaluated_on_the_classes_it_knows(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = write_synthetic_pair(
+        tmp_path / "pair", seed=0, source_images=5, target_images=1, val_images=1, height=48,
+        source_format="synthia",
+    )  # fmt: skip
+    flags = ["--source-format", "synthia", "--stages", "0", "--network", "deeplab18"]
+    events = run((source, pair[1]), tmp_path / "run", *flags)
+    (evaluation,) = [e for e in events if e["kind"] == "evaluation"]
+    iou = evaluation["iou"]
+    assert isinstance(iou, dict)
+    occurring = [v for c, v in iou.items() if v is not None and c not in UNKNOWN_TO_SYNTHIA]
+    assert len(occurring) > 8
+    assert evaluation["miou"] == pytest.approx(sum(occurring) / len(occurring), abs=0.02)
+    assert "mIoU without wall, fence and pole: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("margin", ["coverage:0.5", "precision:0.1"])
 def test_margins_are_chosen_class_by_class(
     margin: str, pair: tuple[Path, Path], tmp_path: Path
@@ -192,7 +211,9 @@ def test_source_and_target_belong_together(capsys: pytest.CaptureFixture[str]) -
     assert "give both, or neither" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("margin", ["high", "coverage:", "precision:1.5", "quantile:0.5", ":1"])
+@pytest.mark.parametrize(
+    "margin", ["high", "coverage:", "precision:1.5", "quantile:0.5", ":1", "2,"]
+)
 def test_a_wrong_margin_is_named(margin: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.parse_settings(["--margin", margin, "--output", "y"])
@@ -209,6 +230,7 @@ def test_a_wrong_margin_is_named(margin: str, capsys: pytest.CaptureFixture[str]
         (["--batch", "3"], "--batch 3 cannot be halved between the domains"),
         (["--warmup-iterations", "-1"], "expected a whole number of at least 1"),
         (["--probability", "95"], "expected a number in [0, 1], got '95'"),
+        (["--backbone", "weights.pth"], "--backbone holds weights of a ResNet"),
         (["--height", "100"], "--crop 128 is higher than --height 100"),
     ],
 )
