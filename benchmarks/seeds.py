@@ -1,0 +1,46 @@
+"""Put runs of the example that differ in their seed alone side by side.
+
+    python benchmarks/seeds.py runs/demo-seed0 runs/demo-seed1 runs/demo-seed2
+
+The mIoU after every phase, of each run and as mean ± standard deviation, and what the last phase
+gains over the first. The table, in Markdown, goes to the terminal.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+
+def read_scores(run: Path) -> dict[str, float]:
+    """The mIoU in percent after each phase of a run."""
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    events = [event for event in map(json.loads, lines) if event["kind"] == "evaluation"]
+    return {event["phase"]: 100 * event["miou"] for event in events}
+
+
+def row(name: str, values: list[float], sign: str = "") -> str:
+    """A line of the table."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    cells = [
+        *(f"{v:{sign}.1f}" for v in values),
+        f"**{statistics.mean(values):{sign}.1f}** ± {spread:.1f}",
+    ]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Put runs of several seeds side by side.")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of the runs, by seed")
+    runs = [read_scores(run) for run in parser.parse_args().runs]
+    first, *_, last = runs[0]
+    print("| mIoU (%) | " + " | ".join(f"seed {i}" for i in range(len(runs))) + " | mean ± std |")
+    print("| :-- |" + " --: |" * (len(runs) + 1))
+    for phase in runs[0]:
+        print(row(phase, [scores[phase] for scores in runs]))
+    print(row(f"{last} − {first}", [scores[last] - scores[first] for scores in runs], "+"))
+
+
+if __name__ == "__main__":
+    main()
