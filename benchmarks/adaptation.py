@@ -27,7 +27,8 @@ LABELS = {
     "probability": ["--labels", "probability"],
     "anchor": ["--labels", "anchor"],
     "both": ["--labels", "both"],
-    # What labels contribute: no target pixel labeled at all.
+    # What the terms contribute: no pull to the anchors; no target pixel labeled at all.
+    "anchor, no pull": ["--labels", "anchor", "--distance-weight", "0"],
     "no target labels": ["--labels", "anchor", "--margin", "inf"],
 }
 # In place of the default: one margin for all classes, chosen by hand; and by precision alone.
