@@ -66,7 +66,8 @@ def main() -> None:
     print("| :-- | --: | --: | --: |")
     for name, scores in draw_scores().items():
         of_score, to_one, of_coverage = (100 * error for error in errors(scores))
-        print(f"| {name} | {of_score:.2f} % | {to_one:.2f} % | {of_coverage:.2f} |")
+        near_one = f"{to_one:.2f} %" if to_one else "–"
+        print(f"| {name} | {of_score:.2f} % | {near_one} | {of_coverage:.2f} |")
 
     features, anchors = torch.randn(2, 256, 128, 224), torch.randn(19, 256)
     labeler, calibrator = AnchorPseudoLabeler(float("-inf")), ScoreCalibrator(19)
