@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from seeds import markdown, score_cells
+
 TRAIN = Path(__file__).parents[1] / "examples" / "gta5_to_cityscapes" / "train.py"
 LABELS = {
     "probability": ["--labels", "probability"],
@@ -31,10 +33,10 @@ LABELS = {
     "anchor, no pull": ["--labels", "anchor", "--distance-weight", "0"],
     "no target labels": ["--labels", "anchor", "--margin", "inf"],
 }
-# In place of the default: one margin for all classes, chosen by hand; and by precision alone.
+# In place of the default: one margin for all classes, chosen by hand; and each of its rules alone.
 MARGINS = {
     f"anchor, margin {margin}": ["--labels", "anchor", "--margin", margin]
-    for margin in ("0.5", "1", "2", "4", "8", "precision:0.9")
+    for margin in ("0.5", "1", "2", "4", "8", "coverage:0.2", "precision:0.9")
 }
 VARIANTS = LABELS | MARGINS
 
@@ -92,22 +94,19 @@ def read_events(output: Path, seeds: list[int], name: str, kind: str) -> list[li
     return events
 
 
-def score_table(output: Path, seeds: list[int]) -> str:
-    """The mIoU after every phase: each seed, mean and standard deviation."""
+def score_table(output: Path, seeds: list[int], names: Iterable[str], *, last: bool = False) -> str:
+    """The mIoU after every phase, or after the last alone: each seed, mean and deviation."""
     rows = []
-    for name in ("warm-up", *VARIANTS):
+    for name in names:
         by_seed = read_events(output, seeds, name, "evaluation")
-        for phase in [event["phase"] for event in by_seed[0]]:
+        for place, event in enumerate(by_seed[0]):
+            phase = event["phase"]
             if name != "warm-up" and phase == "warm-up":
-                continue  # where these runs start: the row above
-            scores = [100 * e["miou"] for events in by_seed for e in events if e["phase"] == phase]
+                continue  # where these runs start: a row of its own
+            if last and place < len(by_seed[0]) - 1:
+                continue
             label = phase if name == "warm-up" else f"{name}, {phase}"
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            cells = [
-                *(f"{s:.1f}" for s in scores),
-                f"**{statistics.mean(scores):.1f}** ± {spread:.1f}",
-            ]
-            rows.append([label, *cells])
+            rows.append([label, *score_cells([100 * events[place]["miou"] for events in by_seed])])
     return markdown(["mIoU (%)", *(f"seed {seed}" for seed in seeds), "mean ± std"], rows)
 
 
@@ -150,12 +149,6 @@ def by_class(table: dict[str, dict[str, float | None]]) -> str:
     )
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with right-aligned numbers."""
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
-
-
 def main() -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description="Compare the kinds of pseudo-labels.")
@@ -167,9 +160,12 @@ def main() -> None:
     run_all(options.output, options.seeds, options.jobs, options.flags)
     if not read_events(options.output, options.seeds[:1], "anchor", "pseudo-labels")[0]:
         parser.error("the tables need the labels of the target's training images, gtFine/train")
-    parts = [score_table(options.output, options.seeds), class_table(options.output, options.seeds)]
+    where = options.output, options.seeds
+    parts = [score_table(*where, ("warm-up", *LABELS)), class_table(*where)]
+    margins = ("anchor", *MARGINS, "no target labels")
+    parts += ["margins:", score_table(*where, margins, last=True)]
     for kind in ("probability", "anchor"):
-        parts += [f"{kind} labels:", label_table(options.output, options.seeds, kind)]
+        parts += [f"{kind} labels:", label_table(*where, kind)]
     text = "\n\n".join(parts) + "\n"
     (options.output / "results.md").write_text(text, encoding="utf-8")
     print(text)

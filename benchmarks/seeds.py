@@ -19,14 +19,19 @@ def read_scores(run: Path) -> dict[str, float]:
     return {event["phase"]: 100 * event["miou"] for event in events}
 
 
-def row(name: str, values: list[float], sign: str = "") -> str:
-    """A line of the table."""
+def score_cells(values: list[float], sign: str = "") -> list[str]:
+    """Scores by seed, then their mean ± standard deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    cells = [
+    return [
         *(f"{v:{sign}.1f}" for v in values),
         f"**{statistics.mean(values):{sign}.1f}** ± {spread:.1f}",
     ]
-    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with right-aligned numbers."""
+    rule = [":--", *["--:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def main() -> None:
@@ -35,11 +40,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of the runs, by seed")
     runs = [read_scores(run) for run in parser.parse_args().runs]
     first, *_, last = runs[0]
-    print("| mIoU (%) | " + " | ".join(f"seed {i}" for i in range(len(runs))) + " | mean ± std |")
-    print("| :-- |" + " --: |" * (len(runs) + 1))
-    for phase in runs[0]:
-        print(row(phase, [scores[phase] for scores in runs]))
-    print(row(f"{last} − {first}", [scores[last] - scores[first] for scores in runs], "+"))
+    rows = [[phase, *score_cells([scores[phase] for scores in runs])] for phase in runs[0]]
+    gains = [scores[last] - scores[first] for scores in runs]
+    rows.append([f"{last} − {first}", *score_cells(gains, "+")])
+    print(markdown(["mIoU (%)", *(f"seed {i}" for i in range(len(runs))), "mean ± std"], rows))
 
 
 if __name__ == "__main__":

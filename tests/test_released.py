@@ -239,7 +239,8 @@ def test_golden_step(
     leaves = step.leaves()
     loss = cag_uda_loss(*step)
     parts = [loss.total.item(), loss.distance.item(), loss.pseudo.item()]
-    # Measured, relative: losses 1.6e-7, norms 1.3e-7, samples 1.4e-6; float64 is no nearer.
+    # Measured, relative: losses 1.6e-7, norms 1.3e-7, samples 1.4e-6 of the largest; float64 is no
+    # nearer.
     np.testing.assert_allclose(parts, numbers[f"{name}_loss"], rtol=1e-6)
     gradients = torch.autograd.grad(loss.total, leaves)
     kinds = ["features_source", "features_target", "logits_source", "logits_target"]
@@ -250,7 +251,7 @@ def test_golden_step(
         )
         sample = numbers[f"{key}_sample"]
         np.testing.assert_allclose(
-            gradient.flatten()[::997], sample, rtol=0, atol=1e-5 * np.abs(sample).max()
+            gradient.flatten()[::997], sample, rtol=0, atol=3e-6 * np.abs(sample).max()
         )
 
 

@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ from report import (
     save_margin_curves,
     save_panels,
 )
-from synthetic import write_synthetic_pair
+from synthetic import SourceFormat, write_synthetic_pair
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from tqdm import tqdm
@@ -62,7 +62,7 @@ class Settings(argparse.Namespace):
     source: Path | None
     target: Path | None
     output: Path
-    source_format: str
+    source_format: SourceFormat
     network: str
     backbone: Path | None
     labels: str
@@ -98,7 +98,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add("--output", type=Path, required=True, help="folder for metrics, checkpoints and report")
     add(
         "--source-format",
-        choices=("gta5", "synthia"),
+        choices=get_args(SourceFormat),
         default="gta5",
         help="gta5: images, labels; synthia: RGB, GT/LABELS, and its 16 classes in evaluation",
     )
@@ -149,6 +149,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         parser.error("--source and --target belong together: give both, or neither")
     if settings.backbone is not None and settings.network == "small":
         parser.error("--backbone holds weights of a ResNet: choose a --network that has one")
+    if settings.backbone is not None and not settings.backbone.is_file():
+        parser.error(f"there is no file of weights {settings.backbone}")
     if settings.warmup_checkpoint is not None and not settings.warmup_checkpoint.is_file():
         parser.error(f"there is no warm-up checkpoint {settings.warmup_checkpoint}")
     if (settings.output / "metrics.jsonl").exists():
@@ -218,7 +220,7 @@ def open_data(settings: Settings) -> Data:
         source, target = write_synthetic_pair(
             settings.output / "synthetic",
             seed=settings.seed,
-            source_format="synthia" if settings.source_format == "synthia" else "gta5",
+            source_format=settings.source_format,
         )
     whole = ResizeAndCrop(settings.height)
     crops = ResizeAndCrop(settings.height, settings.crop, flip=True)

@@ -65,14 +65,9 @@ def check_same_labels(first: Tensor, second: Tensor, names: tuple[str, str]) -> 
     """Reject two label maps that are not of one shape and on one device."""
     check_label_map(first, names[0])
     check_label_map(second, names[1])
-    if first.shape != second.shape:
-        mend = f" Resize them with anchorda.resize_labels({names[1]}, {names[0]}.shape[1:])."
-        resizable = first.ndim == second.ndim and first.shape[0] == second.shape[0]
-        raise ValueError(
-            f"Expected `{names[1]}` of shape {tuple(first.shape)} to match `{names[0]}`, "
-            f"but got {tuple(second.shape)}.{mend if resizable else ''}"
-        )
-    check_device(second, names[1], first, names[0])
+    mend = f" Resize them with anchorda.resize_labels({names[1]}, {names[0]}.shape[1:])."
+    resizable = first.ndim == second.ndim and first.shape[:1] == second.shape[:1]
+    _check_alike(second, names[1], first, names[0], mend if resizable else "")
 
 
 def check_anchors(anchors: Tensor, features: Tensor) -> None:
@@ -102,12 +97,7 @@ def check_anchor_rows(anchors: Tensor, name: str = "anchors") -> None:
 def check_same_anchors(previous: Tensor, anchors: Tensor) -> None:
     """Reject previous anchors that are not of the shape and on the device of the present ones."""
     check_anchor_rows(previous, "previous")
-    if previous.shape != anchors.shape:
-        raise ValueError(
-            f"Expected `previous` of shape {tuple(anchors.shape)} to match `anchors`, "
-            f"but got {tuple(previous.shape)}."
-        )
-    check_device(previous, "previous", anchors, "anchors")
+    _check_alike(previous, "previous", anchors, "anchors")
 
 
 def check_scores(scores: Tensor, labels: Tensor) -> None:
@@ -115,12 +105,7 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
     check_label_map(labels)
     check_tensor(scores, "scores")
     _check_floating(scores, "scores")
-    if scores.shape != labels.shape:
-        raise ValueError(
-            f"Expected `scores` of shape {tuple(labels.shape)} to match `labels`, but got "
-            f"{tuple(scores.shape)}. Pass both as a labeler returned them."
-        )
-    check_device(scores, "scores", labels, "labels")
+    _check_alike(scores, "scores", labels, "labels", " Pass both as a labeler returned them.")
 
 
 def check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
@@ -240,6 +225,15 @@ def check_fits(ignore_index: int, labels: Tensor) -> None:
             f"Expected `ignore_index` in [{limits.min}, {limits.max}], the range of "
             f"{labels.dtype} labels, but got {ignore_index}. Convert them with labels.long()."
         )
+
+
+def _check_alike(value: Tensor, name: str, like: Tensor, like_name: str, mend: str = "") -> None:
+    if value.shape != like.shape:
+        raise ValueError(
+            f"Expected `{name}` of shape {tuple(like.shape)} to match `{like_name}`, "
+            f"but got {tuple(value.shape)}.{mend}"
+        )
+    check_device(value, name, like, like_name)
 
 
 def _check_floating(value: Tensor, name: str) -> None:

@@ -178,7 +178,7 @@ class ScoreCalibrator(nn.Module):
         right, wrong, _ = above = _above(self.counts)
         labeled = above.sum(dim=0)
         coverage = labeled.to(dtype) / labeled[:, :1]
-        return PrecisionCoverage(self.edges, coverage, right.to(dtype) / (right + wrong))
+        return PrecisionCoverage(self.edges.clone(), coverage, right.to(dtype) / (right + wrong))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         without_values = self.edges.is_meta

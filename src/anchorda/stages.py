@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,10 @@ from .pseudo_labels import (
 Extract = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """What maps a network and images to features (N, D, *) and logits (N, C, *)."""
 
+Rule = Literal["anchor", "probability", "agree", "union"]
+"""Whose labels a stage gives: one labeler's, or both combined."""
+
 _EVERYTHING = float("-inf")
-_RULES = ("anchor", "probability", "agree", "union")
 
 
 class StageLabels(NamedTuple):
@@ -39,7 +41,7 @@ class StageLabels(NamedTuple):
     """Labels and probabilities of the classifier."""
 
 
-def call_network(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def _call_network(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """The default way to features and logits: the network returns both."""
     features, logits = network(images)
     return features, logits
@@ -74,13 +76,13 @@ class StageLabeler(nn.Module):
         - Output: `StageLabels` at the resolution of the features.
 
     Raises:
-        TypeError: if a dtype is wrong.
+        TypeError: if a dtype is wrong, or ``extract`` is a module.
         ValueError: if ``centroids`` is not ``(C, D)``, ``rule`` is unknown, the labelers have
             another number of classes or differ in their ``ignore_index``, or the network's features
             or logits do not fit the centroids or each other.
 
-    Source: section 3.4 of CAG-UDA (arXiv 1910.13049): anchors and pseudo-labels stay those of the
-    network that a stage began with.
+    Source: the stages of CAG-UDA (arXiv 1910.13049) and of its released code: anchors and
+    pseudo-labels stay those of the network that a stage began with.
 
     A network that returns features and logits, and a stage in one pass over a labeled source:
 
@@ -114,12 +116,12 @@ class StageLabeler(nn.Module):
         *,
         by_anchor: AnchorPseudoLabeler | None = None,
         by_probability: ProbabilityPseudoLabeler | None = None,
-        rule: Literal["anchor", "probability", "agree", "union"] = "anchor",
-        extract: Extract = call_network,
+        rule: Rule = "anchor",
+        extract: Extract = _call_network,
     ) -> None:
         super().__init__()
         check_anchor_rows(centroids, "centroids")
-        check_choice(rule, "rule", _RULES)
+        check_choice(rule, "rule", get_args(Rule))
         if isinstance(extract, nn.Module):
             raise TypeError(
                 "Expected `extract` to be a function of the network and images, but got a module, "
@@ -145,7 +147,7 @@ class StageLabeler(nn.Module):
         batches: Iterable[tuple[Tensor, Tensor]],
         anchors: CategoryAnchors,
         *,
-        extract: Extract = call_network,
+        extract: Extract = _call_network,
         group: dist.ProcessGroup | None = None,
     ) -> Self:
         """Freeze a network and take its anchors in one pass over labeled source batches.
@@ -176,7 +178,7 @@ class StageLabeler(nn.Module):
                 "Expected `anchors` that have seen nothing yet, but got some that have: they would "
                 "mix two networks. Call anchors.reset(), or make new ones for each stage."
             )
-        # Labelers and rule are not needed for this; the stage takes the frozen copy as it is.
+        # Made of no anchors yet, so that the network is copied once.
         stage = cls(network, anchors.compute(), extract=extract)
         device = next(stage.network.parameters(), anchors.counts).device
         with torch.no_grad():

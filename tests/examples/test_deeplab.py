@@ -77,11 +77,11 @@ def test_outputs_and_state_are_the_released_ones(golden: Path) -> None:
         for name, output in outputs.items():
             assert output.shape == tuple(numbers[f"{name}_shape"])
             norm = float(output.double().norm())
-            assert norm == pytest.approx(float(numbers[f"{name}_norm"]), rel=1e-6)
+            assert norm == pytest.approx(float(numbers[f"{name}_norm"]), rel=3e-7)
             sample = numbers[f"{name}_sample"]
             # Measured: 9e-7 of the largest element.
             difference = np.abs(output.flatten()[::101].numpy() - sample).max()
-            assert difference <= 1e-5 * np.abs(sample).max(), name
+            assert difference <= 3e-6 * np.abs(sample).max(), name
     assert len(outputs) == 4
 
 
