@@ -23,6 +23,7 @@ class DeepLab(Segmenter):
     """
 
     feature_dim = 256
+    align_corners = True
 
     def __init__(self, num_classes: int, depth: int = 101) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ class Segmenter(nn.Module):
 
     feature_dim: int
     """D, the channels of the features that the classifier sees."""
+    align_corners = False
+    """How its logits lie over the image: what bilinear interpolation to its size has to assume."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, D, h, w) and logits (N, C, h, w) of images (N, 3, H, W) in [0, 1]."""
