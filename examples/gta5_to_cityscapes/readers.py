@@ -72,7 +72,7 @@ def synthia_pairs(root: Path) -> list[Pair]:
     return _same_name_pairs(root / "RGB", root / "GT" / "LABELS", _SYNTHIA)
 
 
-def cityscapes_images(root: Path, split: Literal["train", "val"]) -> list[Path]:
+def cityscapes_images(root: Path, split: Literal["train", "val", "test"]) -> list[Path]:
     """List and check `root/leftImg8bit/<split>/<city>/*_leftImg8bit.png`; no label is looked at.
 
     Raises:
@@ -230,43 +230,45 @@ def _read_first_channel(path: Path) -> NDArray[np.uint16]:
 class ResizeAndCrop:
     """The geometric part of reading: scale to a height, then crop and flip at random.
 
-    Randomness comes from torch's global generator, which `DataLoader` seeds in each worker.
-
     Args:
-        height: Height of the whole image after scaling, which keeps the aspect ratio.
+        resize: What the whole image is scaled to, keeping its aspect ratio: "height:144", or
+            "width:2200".
         crop: Height and width of the random crop; an image too narrow for it is scaled further,
             until it covers the crop. None keeps the whole image, its label at the original size.
         flip: Whether to mirror half of the samples.
     """
 
-    height: int
+    resize: str
     crop: tuple[int, int] | None = None
     flip: bool = False
 
-    def __call__(self, image: Image.Image, label: Image.Image) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, image: Image.Image, label: Image.Image, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Transform an image and its label alike."""
-        view = self._draw(image)
+        view = self._draw(image, generator)
         labels = view.apply(label, Image.Resampling.NEAREST) if self.crop else label
         pixels = view.apply(image, Image.Resampling.BILINEAR)
         return view.turn(_image_tensor(pixels)), view.turn(_label_tensor(labels))
 
-    def image_only(self, image: Image.Image) -> Tensor:
+    def image_only(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
         """Transform an image that has no label."""
-        view = self._draw(image)
+        view = self._draw(image, generator)
         pixels = view.apply(image, Image.Resampling.BILINEAR)
         return view.turn(_image_tensor(pixels))
 
-    def _draw(self, image: Image.Image) -> "_View":
-        scale = self.height / image.height
+    def _draw(self, image: Image.Image, generator: torch.Generator | None) -> "_View":
+        side, _, pixels = self.resize.partition(":")
+        scale = int(pixels) / (image.height if side == "height" else image.width)
         if self.crop:
             scale = max(scale, self.crop[0] / image.height, self.crop[1] / image.width)
         full = (round(image.height * scale), round(image.width * scale))
         size = self.crop or full
-        top, left = (_randint(full[axis] - size[axis] + 1) for axis in (0, 1))
+        top, left = (_randint(full[axis] - size[axis] + 1, generator) for axis in (0, 1))
         # Cutting out while scaling computes only the pixels that are kept.
         across, down = image.width / full[1], image.height / full[0]
         box = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
-        return _View(size, box, mirror=self.flip and _randint(2) == 1)
+        return _View(size, box, mirror=self.flip and _randint(2, generator) == 1)
 
 
 class _View(NamedTuple):
@@ -281,8 +283,8 @@ class _View(NamedTuple):
         return tensor.flip(-1) if self.mirror else tensor
 
 
-def _randint(high: int) -> int:
-    return int(torch.randint(high, ()))
+def _randint(high: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(high, (), generator=generator))
 
 
 def _image_tensor(image: Image.Image) -> Tensor:
@@ -306,9 +308,17 @@ class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Read one pair, with draws from torch's global generator."""
+        return self.read(index)
+
+    def read(self, index: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Read one pair, or raise a `DatasetError` that names the broken file."""
         pair = self.pairs[index]
-        return self.transform(_read_image(pair.image), _read_label(pair.label))
+        return self.transform(_read_image(pair.image), _read_label(pair.label), generator)
+
+    def path(self, index: int) -> Path:
+        """The image file of one pair."""
+        return self.pairs[index].image
 
 
 class UnlabeledImages(Dataset[Tensor]):
@@ -323,5 +333,13 @@ class UnlabeledImages(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
+        """Read one image, with draws from torch's global generator."""
+        return self.read(index)
+
+    def read(self, index: int, generator: torch.Generator | None = None) -> Tensor:
         """Read one image, or raise a `DatasetError` that names the broken file."""
-        return self.transform.image_only(_read_image(self.paths[index]))
+        return self.transform.image_only(_read_image(self.paths[index]), generator)
+
+    def path(self, index: int) -> Path:
+        """The image file."""
+        return self.paths[index]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,32 +17,57 @@ from anchorda import ConfusionMatrix, PseudoLabelQuality
 
 
 class Records:
-    """Writes `metrics.jsonl`, a line per event, and the same numbers for TensorBoard."""
+    """Writes `metrics.jsonl`, a line per event, and the same numbers for TensorBoard.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
-        self._file = self.path.open("w", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+    Args:
+        folder: of the run; None writes nothing, which is for all processes but the first.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._board: SummaryWriter | None = None
         self._evaluations = 0
+
+    def rewind(self, size: int) -> None:
+        """Forget what was written beyond `size` bytes of the metrics, and go on from there."""
+        if self._folder is None:
+            return
+        self.close()
+        path = self._folder / "metrics.jsonl"
+        with path.open("ab") as file:
+            file.truncate(size)
+        shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"))
+        self._evaluations = 0
+        for line in path.read_text("utf-8").splitlines():
+            self._draw(json.loads(line))
+
+    def size(self) -> int:
+        """The bytes of the metrics so far, which are on disk now, whatever comes."""
+        if self._folder is None:
+            return 0
+        with (self._folder / "metrics.jsonl").open("rb") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
 
     def losses(self, phase: str, iteration: int, terms: Mapping[str, float]) -> None:
         """Record the loss terms of an iteration, counted from 1 within its phase."""
         event = {"kind": "losses", "phase": phase, "iteration": iteration, "terms": dict(terms)}
         self._write(event)
-        for name, value in terms.items():
-            self._board.add_scalar(f"{phase}/{name}", value, iteration)
+
+    def selection(self, phase: str, iteration: int, scores: Mapping[str, float]) -> None:
+        """Record what the best network of a phase is chosen by."""
+        event = {"kind": "selection", "phase": phase, "iteration": iteration}
+        self._write(event | {"miou": {name: _or_none(value) for name, value in scores.items()}})
 
     def evaluation(self, phase: str, confusion: ConfusionMatrix) -> None:
         """Record the scores of a network on the evaluation images."""
-        miou, accuracy = confusion.mean_iou().item(), confusion.accuracy().item()
         scores = {
-            "miou": _or_none(miou),
-            "accuracy": _or_none(accuracy),
+            "miou": _or_none(confusion.mean_iou().item()),
+            "accuracy": _or_none(confusion.accuracy().item()),
             "iou": _by_class(confusion.iou()),
         }
         self._write({"kind": "evaluation", "phase": phase, **scores})
-        self._evaluations += 1
-        self._board.add_scalar("evaluation/mIoU", miou, self._evaluations)
 
     def pseudo_labels(self, phase: str, labeler: str, quality: PseudoLabelQuality) -> None:
         """Record how many pseudo-labels there are and how many of them are right."""
@@ -54,12 +80,30 @@ class Records:
 
     def close(self) -> None:
         """Finish the files."""
-        self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
-    def _write(self, event: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+    def _write(self, event: Mapping[str, Any]) -> None:
+        if self._folder is None:
+            return
+        with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        self._draw(event)
+
+    def _draw(self, event: Mapping[str, Any]) -> None:
+        """Show an event in TensorBoard."""
+        if self._board is None:
+            return
+        if event["kind"] == "losses":
+            for name, value in event["terms"].items():
+                self._board.add_scalar(f"{event['phase']}/{name}", value, event["iteration"])
+        elif event["kind"] == "selection":
+            for name, value in event["miou"].items():
+                tag = f"{event['phase']}/mIoU of {name}"
+                self._board.add_scalar(tag, _or_nan(value), event["iteration"])
+        elif event["kind"] == "evaluation":
+            self._evaluations += 1
+            self._board.add_scalar("evaluation/mIoU", _or_nan(event["miou"]), self._evaluations)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -74,6 +118,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def save_checkpoint(path: Path, parts: Mapping[str, object]) -> None:
     """Save the parts of a run, of plain values and tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +130,19 @@ def save_checkpoint(path: Path, parts: Mapping[str, object]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load what `save_checkpoint` saved; nothing in the file is executed."""
-    parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """Load what `save_checkpoint` saved; nothing in the file is executed.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else.
+    """
+    try:
+        parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # Unpickling what is damaged may raise any.
+        raise ValueError(
+            f"{path} is not a checkpoint of this example, or it is damaged ({error})."
+        ) from error
     return parts
 
 
@@ -93,3 +153,7 @@ def _by_class(values: Tensor) -> dict[str, float | None]:
 def _or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

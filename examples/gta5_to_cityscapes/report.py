@@ -322,7 +322,7 @@ def _add_event(metrics: _Metrics, event: dict[str, Any]) -> None:
     elif kind == "pseudo-labels":
         quality = Quality(_numbers(event["coverage"]), _numbers(event["precision"]))
         metrics.qualities[event["labeler"], phase] = quality
-    else:
+    elif kind != "selection":  # within a phase, as TensorBoard shows it
         raise ValueError(f"unknown kind {kind!r}")
 
 

@@ -1,29 +1,32 @@
-"""Category anchor-guided domain adaptation (arXiv 1910.13049), GTA5 to Cityscapes, top to bottom.
+"""Category anchor-guided domain adaptation (arXiv 1910.13049), top to bottom.
 
     python examples/gta5_to_cityscapes/train.py --source GTA5 --target CITYSCAPES --output runs/one
 
-Settings, data, the objective, warm-up, stages, evaluation, report. Without data sets it first
-writes a small synthetic pair. The labels of the target's training images are never trained on:
-where they exist they tell, after the fact, how good the pseudo-labels were.
+Data, network, objectives, warm-up, stages, evaluation, report. Without data sets it first writes a
+small synthetic pair. `--preset gta5` and `--preset synthia` are the paper's settings, and `torchrun
+--nproc-per-node=4 train.py …` trains on as many GPUs. The labels of the target's training images
+are never trained on: where they exist they tell, after the fact, how good the pseudo-labels were.
 """
 
-import argparse
 import copy
 import dataclasses
 import functools
-import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any
 
+import parallel
 import torch
 import torch.nn.functional as F
+from adversarial import Discriminator, fooling_loss, telling_loss
 from augment import photometric
+from build import build_network, load_weights
 from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, SYNTHIA_13, SYNTHIA_16
-from deeplab import DeepLab, load_backbone
-from network import Segmenter, SmallSegmenter
+from deeplab import freeze_batch_norm
+from loop import Batch, Losses, Phase, Term, load_unfinished, loading_of, train
+from network import Segmenter
 from readers import (
     DatasetError,
     LabeledImages,
@@ -34,7 +37,7 @@ from readers import (
     gta5_pairs,
     synthia_pairs,
 )
-from records import Records, load_checkpoint, save_checkpoint, write_atomically
+from records import Records, load_checkpoint, save_checkpoint, write_text
 from report import (
     Panel,
     iou_table,
@@ -44,149 +47,15 @@ from report import (
     save_margin_curves,
     save_panels,
 )
-from synthetic import SourceFormat, write_synthetic_pair
+from settings import Settings, parse_settings, split_margin
+from streams import RandomStream, each_once
+from synthetic import write_synthetic_pair
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
-from tqdm import tqdm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Subset
 
 import anchorda
-
-Item = TypeVar("Item")
-
-# ---------------------------------------------------------------------------------------- settings
-
-
-class Settings(argparse.Namespace):
-    """All that a run depends on; saved beside its results."""
-
-    source: Path | None
-    target: Path | None
-    output: Path
-    source_format: SourceFormat
-    network: str
-    backbone: Path | None
-    labels: str
-    margin: str
-    probability: float
-    distance_weight: float
-    height: int
-    crop: tuple[int, int]
-    batch: int
-    learning_rate: float
-    stage_learning_rate: float
-    warmup_iterations: int
-    stages: int
-    stage_iterations: int
-    baseline: bool
-    warmup_checkpoint: Path | None
-    seed: int
-    workers: int
-    threads: int
-    bf16: bool
-    device: str
-
-
-def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Category anchor-guided domain adaptation, GTA5 to Cityscapes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--source", type=Path, help="GTA5 or SYNTHIA folder; none: a synthetic pair")
-    add("--target", type=Path, help="Cityscapes folder (leftImg8bit, gtFine)")
-    add("--output", type=Path, required=True, help="folder for metrics, checkpoints and report")
-    add(
-        "--source-format",
-        choices=get_args(SourceFormat),
-        default="gta5",
-        help="gta5: images, labels; synthia: RGB, GT/LABELS, and its 16 classes in evaluation",
-    )
-    add(
-        "--network",
-        choices=("small", "deeplab18", "deeplab50", "deeplab101"),
-        default="small",
-        help="small is for a CPU; deeplab101 is the paper's",
-    )
-    add("--backbone", type=Path, help="ImageNet weights of DeepLab's ResNet, as torchvision's")
-    add(
-        "--labels",
-        choices=("anchor", "probability", "both"),
-        default="both",
-        help="what labels target pixels; both is the paper's",
-    )
-    add(
-        "--margin",
-        type=_margin,
-        default="coverage:0.2,precision:0.5",
-        help="minimum margin of anchor labels: a number; coverage:Q, by class, on the target; "
-        "precision:P, by class, on the held-out source; or several of these, the highest counts",
-    )
-    add("--probability", type=_fraction, default=0.95, help="minimum of probability labels")
-    add("--distance-weight", type=float, default=0.02, help="weight of the distance loss")
-    add("--height", type=_count, default=144, help="images are scaled to this height")
-    add("--crop", type=_count, nargs=2, default=(128, 192), help="height and width of crops")
-    add("--batch", type=_count, default=4, help="images a step; in stages half of each domain")
-    add("--learning-rate", type=float, default=0.003, help="at the start of the warm-up")
-    add("--stage-learning-rate", type=float, default=0.001, help="at the start of each stage")
-    add("--warmup-iterations", type=_count, default=900, help="of the warm-up, and the baseline")
-    add("--stages", type=int, default=3, help="how often the target is labeled anew")
-    add("--stage-iterations", type=_count, default=280, help="of each stage")
-    add("--baseline", action="store_true", help="train without augmentation too, to compare")
-    add("--warmup-checkpoint", type=Path, help="start from this warm-up instead of training one")
-    add("--seed", type=int, default=0, help="of all randomness")
-    add("--workers", type=int, default=2, help="processes that read images")
-    add("--threads", type=int, default=0, help="of torch on the CPU; 0 leaves it to torch")
-    add("--bf16", action="store_true", help="run the network in bfloat16")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
-    settings = parser.parse_args(arguments, namespace=Settings())
-    settings.crop = (settings.crop[0], settings.crop[1])
-    if settings.crop[0] > settings.height:
-        parser.error(f"--crop {settings.crop[0]} is higher than --height {settings.height}")
-    if settings.batch % 2:
-        parser.error(f"--batch {settings.batch} cannot be halved between the domains")
-    if (settings.source is None) != (settings.target is None):
-        parser.error("--source and --target belong together: give both, or neither")
-    if settings.backbone is not None and settings.network == "small":
-        parser.error("--backbone holds weights of a ResNet: choose a --network that has one")
-    if settings.backbone is not None and not settings.backbone.is_file():
-        parser.error(f"there is no file of weights {settings.backbone}")
-    if settings.warmup_checkpoint is not None and not settings.warmup_checkpoint.is_file():
-        parser.error(f"there is no warm-up checkpoint {settings.warmup_checkpoint}")
-    if (settings.output / "metrics.jsonl").exists():
-        parser.error(f"{settings.output} already holds a run: remove it, or name another --output")
-    return settings
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text!r}")
-    return value
-
-
-def _margin(text: str) -> str:
-    try:
-        for part in text.split(","):
-            rule, colon, number = part.partition(":")
-            if colon and rule in ("coverage", "precision"):
-                _fraction(number)
-            elif math.isnan(float(part)):
-                raise ValueError
-    except (ValueError, argparse.ArgumentTypeError):
-        message = f"expected a number, coverage:Q or precision:P with Q, P in [0, 1], got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-    return text
-
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -200,7 +69,8 @@ class Data:
     source_whole: LabeledImages
     """The same images uncropped, to take anchors from."""
     held_out: LabeledImages
-    """The last tenth of the source, never trained on: what a margin's precision is measured on."""
+    """The last tenth of the source, 500 images at most, never trained on: what a margin's precision
+    is measured on, and the best network of a phase."""
     target: UnlabeledImages
     target_whole: UnlabeledImages
     evaluation: LabeledImages
@@ -209,7 +79,7 @@ class Data:
     """The target's training split with its labels, if there are any: never trained on."""
     evaluated: tuple[int, ...]
     """The classes that the source knows: the truth of others is ignored in evaluation."""
-    class_weight: Tensor
+    class_weight: Tensor | None
     """(C,): of the source's classes in its cross-entropy."""
 
 
@@ -217,20 +87,21 @@ def open_data(settings: Settings) -> Data:
     """List and check both data sets, writing the synthetic ones first if none are given."""
     source, target = settings.source, settings.target
     if source is None or target is None:
-        source, target = write_synthetic_pair(
-            settings.output / "synthetic",
-            seed=settings.seed,
-            source_format=settings.source_format,
-        )
-    whole = ResizeAndCrop(settings.height)
-    crops = ResizeAndCrop(settings.height, settings.crop, flip=True)
+        folder = settings.output / "synthetic"
+        source, target = folder / "source", folder / "target"
+        if parallel.is_main():
+            write_synthetic_pair(folder, seed=settings.seed, source_format=settings.source_format)
+        parallel.wait()
+    whole = ResizeAndCrop(settings.resize)
+    crops = ResizeAndCrop(settings.resize, settings.crop, flip=True)
     is_synthia = settings.source_format == "synthia"
     source_pairs = synthia_pairs(source) if is_synthia else gta5_pairs(source)
     target_images = cityscapes_images(target, "train")
     has_truth = (target / "gtFine" / "train").is_dir()
-    some = max(1, len(source_pairs) // 10)
+    some = min(500, max(1, len(source_pairs) // 10))
     source_pairs, held_out = source_pairs[:-some] or source_pairs, source_pairs[-some:]
     source_whole = LabeledImages(source_pairs, whole)
+    weight = class_weight(source_whole, settings) if settings.class_weights else None
     return Data(
         source=LabeledImages(source_pairs, crops),
         source_whole=source_whole,
@@ -240,20 +111,8 @@ def open_data(settings: Settings) -> Data:
         evaluation=LabeledImages(cityscapes_pairs(target, "val"), whole),
         analysis=LabeledImages(cityscapes_pairs(target, "train"), whole) if has_truth else None,
         evaluated=SYNTHIA_16 if is_synthia else tuple(range(NUM_CLASSES)),
-        class_weight=class_weight(source_whole, settings).to(settings.device),
+        class_weight=weight,
     )
-
-
-def batches(dataset: Dataset[Item], count: int, size: int, settings: Settings) -> DataLoader[Item]:
-    """`count` batches of `size` samples, drawn in a new random order each time round."""
-    sampler = RandomSampler(dataset, num_samples=count * size)  # type: ignore[arg-type]
-    return DataLoader(dataset, size, sampler=sampler, num_workers=settings.workers)
-
-
-def one_by_one(dataset: Dataset[Item], settings: Settings, title: str) -> "tqdm[Item]":
-    """Every sample once and in order, as a batch of one (whole images differ in size)."""
-    loader = DataLoader(dataset, batch_size=1, num_workers=settings.workers)
-    return tqdm(loader, desc=title, leave=False)
 
 
 def class_weight(source: LabeledImages, settings: Settings) -> Tensor:
@@ -263,81 +122,153 @@ def class_weight(source: LabeledImages, settings: Settings) -> Tensor:
     """
     some = Subset(source, range(0, len(source), math.ceil(len(source) / 240)))
     counts = torch.zeros(NUM_CLASSES)
-    for _, labels in one_by_one(some, settings, "class frequencies"):
+    for _, labels in each_once(some, "class frequencies", loading_of(settings)):
         counts += torch.bincount(labels[labels < NUM_CLASSES], minlength=NUM_CLASSES)
+    counts = parallel.total(counts.double())
     frequency = counts / counts.sum()
     weight = frequency.clamp(min=1e-4).rsqrt()
-    return weight / (weight @ frequency)
+    return (weight / (weight @ frequency)).float().to(settings.device)
 
 
-# --------------------------------------------------------------------------------------- objective
+# ----------------------------------------------------------------------------------------- network
+
+
+def new_network(settings: Settings) -> Segmenter:
+    """The network to begin with, the same for the same seed."""
+    torch.manual_seed(settings.seed)
+    network = build_network(settings.network)
+    load_weights(network, whole=settings.weights, backbone=settings.backbone)
+    if settings.batch_norm == "freeze":
+        freeze_batch_norm(network)
+    elif settings.batch_norm == "sync":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # Channels last is the layout in which CPUs and tensor cores convolve fastest.
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(settings.device)
+    if settings.compile:
+        network.compile()
+    return network
+
+
+def augment(images: Tensor, settings: Settings) -> Tensor:
+    """The images as the network that is trained sees them; the frozen one sees them as they are."""
+    return photometric(images) if settings.photometric else images
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    """The precision that networks run at."""
+    dtype = torch.float16 if settings.precision == "float16" else torch.bfloat16
+    kind = torch.device(settings.device).type
+    return torch.autocast(kind, dtype, enabled=settings.precision != "float32")
 
 
 def segment(network: nn.Module, images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Features and logits of images, in bfloat16 if asked for."""
-    with torch.autocast(torch.device(settings.device).type, torch.bfloat16, settings.bf16):
-        features, logits = network(images)
+    """Features and logits of images, at the precision asked for."""
+    with autocast(settings):
+        features, logits = network(images.contiguous(memory_format=torch.channels_last))
     return features, logits
 
 
-def source_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Class-weighted cross-entropy of the source at the resolution of its labels."""
-    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    return anchorda.discriminative_loss(logits, labels, weight=weight)
-
-
-def optimize(terms: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """One step down the sum of the terms."""
-    optimizer.zero_grad()
-    torch.stack(list(terms.values())).sum().backward()
-    optimizer.step()
-
-
-def show(
-    terms: dict[str, Tensor], iteration: int, phase: str, records: Records, progress: "tqdm[Item]"
-) -> None:
-    """Record the terms every ten iterations: reading them makes the host wait for the GPU."""
-    if iteration % 10 != 1:
-        return
-    values = {name: term.item() for name, term in terms.items()}
-    if not all(map(math.isfinite, values.values())):
-        raise FloatingPointError(f"{phase}, iteration {iteration}: not finite any more: {values}")
-    progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-    records.losses(phase, iteration, values)
+def enlarge(network: nn.Module, logits: Tensor, size: torch.Size) -> Tensor:
+    """Logits (N, C, *size), in float32, as they lie over the images."""
+    aligned = bool(network.align_corners)
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=aligned)
 
 
 def make_optimizer(
-    network: Segmenter, learning_rate: float, iterations: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW; the learning rate rises for 5 % of the iterations, then falls as (1 − t/T)^0.9."""
-    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)
+    network: nn.Module, learning_rate: float, iterations: int, settings: Settings
+) -> tuple[Optimizer, LRScheduler]:
+    """The optimizer; the learning rate rises for a part of the time, then falls: (1 − t/T)^0.9."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer: Optimizer
+    if isinstance(network, Discriminator):
+        optimizer = torch.optim.Adam(parameters, learning_rate, betas=(0.9, 0.99))
+    elif settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters, learning_rate, 0.9, weight_decay=settings.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=settings.weight_decay)
 
     def factor(iteration: int) -> float:
-        rise = min(1.0, (iteration + 1) / max(1.0, 0.05 * iterations))
+        rise = min(1.0, (iteration + 1) / max(1.0, settings.rise * iterations))
         return rise * math.pow(1 - iteration / iterations, 0.9)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return optimizer, LambdaLR(optimizer, factor)
 
 
 # ----------------------------------------------------------------------------------------- warm-up
 
 
+def source_term(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Term:
+    """Cross-entropy of the source at the resolution of its labels."""
+    loss = anchorda.discriminative_loss(logits, labels, weight=weight)
+    return Term(loss, amount(labels, logits.new_ones(NUM_CLASSES) if weight is None else weight))
+
+
+def amount(labels: Tensor, weight: Tensor) -> Tensor:
+    """The weights (C,) of labels 0 to 255, added up over all pixels."""
+    return F.pad(weight, (0, 256 - len(weight)))[labels].sum()
+
+
+def source_losses(
+    networks: nn.ModuleDict, batch: Batch, *, data: Data, settings: Settings
+) -> dict[str, Term]:
+    """The source alone."""
+    images, labels = batch
+    network = networks["network"]
+    _, logits = segment(network, augment(images, settings), settings)
+    logits = enlarge(network, logits, labels.shape[1:])
+    return {"source": source_term(logits, labels, data.class_weight)}
+
+
+def adversarial_losses(
+    networks: nn.ModuleDict, batch: Batch, *, data: Data, settings: Settings
+) -> dict[str, Term]:
+    """The source, and target predictions that are to look like the source's (AdaptSegNet)."""
+    source, labels, target = batch
+    network, discriminator = networks["network"], networks["discriminator"]
+    _, logits = segment(network, augment(torch.cat([source, target]), settings), settings)
+    source_logits, target_logits = enlarge(network, logits, labels.shape[1:]).split(len(source))
+    with autocast(settings):
+        fooling = fooling_loss(discriminator, target_logits)
+        telling = telling_loss(discriminator, source_logits, target_logits)
+    images = logits.new_tensor(len(target), dtype=torch.float32)
+    return {
+        "source": source_term(source_logits, labels, data.class_weight),
+        "adversarial": Term(settings.adversarial_weight * fooling, images),
+        "discriminator": Term(telling, images),
+    }
+
+
 def warm_up(
-    network: Segmenter, data: Data, settings: Settings, records: Records, *, augment: bool
+    name: str, network: Segmenter, data: Data, settings: Settings, records: Records
 ) -> None:
-    """Train on the source alone."""
-    phase = "warm-up" if augment else "source only"
-    count = settings.warmup_iterations
-    optimizer, schedule = make_optimizer(network, settings.learning_rate, count)
-    network.train()
-    progress = tqdm(batches(data.source, count, settings.batch, settings), desc=phase)
-    for iteration, (images, labels) in enumerate(progress, start=1):
-        images, labels = images.to(settings.device), labels.to(settings.device)
-        _, logits = segment(network, photometric(images) if augment else images, settings)
-        terms = {"source": source_loss(logits, labels, data.class_weight)}
-        optimize(terms, optimizer)
-        schedule.step()
-        show(terms, iteration, phase, records, progress)
+    """Train on the source and, if asked for, align the target's predictions with it."""
+    count = settings.iterations(settings.warmup_iterations)
+    networks = nn.ModuleDict({"network": network})
+    optimizers = [make_optimizer(network, settings.warmup_learning_rate, count, settings)]
+    losses: Losses = functools.partial(source_losses, data=data, settings=settings)
+    streams: list[RandomStream[Any]] = [RandomStream(data.source, (settings.seed, 0, 0))]
+    if settings.warmup == "adversarial":
+        discriminator = Discriminator(NUM_CLASSES).to(settings.device)
+        networks["discriminator"] = discriminator
+        rate = settings.discriminator_learning_rate
+        optimizers.append(make_optimizer(discriminator, rate, count, settings))
+        losses = functools.partial(adversarial_losses, data=data, settings=settings)
+        streams.append(RandomStream(data.target, (settings.seed, 0, 1)))
+    phase = Phase(
+        name=name,
+        number=0,
+        iterations=count,
+        batch=settings.warmup_batch,
+        networks=networks,
+        losses=losses,
+        optimizers=optimizers,
+        streams=streams,
+        score=functools.partial(select, data=data, settings=settings),
+    )
+    train(phase, settings, records, load_unfinished(phase.name, settings))
 
 
 # ------------------------------------------------------------------------------------------ stages
@@ -352,19 +283,32 @@ class Stage:
     counts: Tensor
     """(C,): how many source pixels each anchor averages."""
 
+    def plain(self) -> dict[str, object]:
+        """What a checkpoint holds of it."""
+        return {"labeler": self.labeler.state_dict(), "counts": self.counts}
+
+
+def restore_stage(network: Segmenter, parts: Mapping[str, Any], settings: Settings) -> Stage:
+    """The stage that a checkpoint holds; `network` has its architecture, with any weights."""
+    anchors = torch.zeros(NUM_CLASSES, network.feature_dim, device=settings.device)
+    extract = functools.partial(segment, settings=settings)
+    labeler = anchorda.StageLabeler(network, anchors, extract=extract)
+    labeler.load_state_dict(parts["labeler"])
+    return Stage(labeler, parts["counts"].to(settings.device))
+
 
 def begin_stage(network: Segmenter, data: Data, settings: Settings) -> Stage:
     """Freeze the network, compute the anchors on the source, and choose the minimum margin."""
     anchors = anchorda.CategoryAnchors(NUM_CLASSES, network.feature_dim).to(settings.device)
     labeler = anchorda.StageLabeler.from_source(
         network,
-        one_by_one(data.source_whole, settings, "anchors"),
+        each_once(data.source_whole, "anchors", loading_of(settings)),
         anchors,
         extract=functools.partial(segment, settings=settings),
     )
     minimum = torch.full((NUM_CLASSES,), -math.inf, device=settings.device)
-    for part in settings.margin.split(","):
-        minimum = torch.maximum(minimum, choose_margin(part, labeler, data, settings))
+    for rule, number in split_margin(settings.margin):
+        minimum = torch.maximum(minimum, choose_margin(rule, number, labeler, data, settings))
     anchorda.warn_unreachable_margins(minimum, labeler.centroids, class_names=CLASS_NAMES)
     labeler.by_anchor = anchorda.AnchorPseudoLabeler(minimum)
     labeler.by_probability = anchorda.ProbabilityPseudoLabeler(settings.probability)
@@ -372,17 +316,17 @@ def begin_stage(network: Segmenter, data: Data, settings: Settings) -> Stage:
 
 
 def choose_margin(
-    part: str, labeler: anchorda.StageLabeler, data: Data, settings: Settings
+    rule: str, number: float, labeler: anchorda.StageLabeler, data: Data, settings: Settings
 ) -> Tensor:
     """The minimum margins by one rule, () or (C,); see --margin."""
-    rule, _, number = part.rpartition(":")
     if rule == "precision":
-        labeled = one_by_one(data.held_out, settings, "margins")
-        return count_margins(labeler, labeled, settings).min_score_for_precision(float(number))
+        labeled = each_once(data.held_out, "margins", loading_of(settings))
+        return count_margins(labeler, labeled, settings).min_score_for_precision(number)
     if rule == "coverage":
-        target = ((images, None) for images in one_by_one(data.target_whole, settings, "margins"))
-        return count_margins(labeler, target, settings).min_score_for_coverage(float(number))
-    return torch.tensor(float(number), device=settings.device)
+        unlabeled = each_once(data.target_whole, "margins", loading_of(settings))
+        target = ((images, None) for images in unlabeled)
+        return count_margins(labeler, target, settings).min_score_for_coverage(number)
+    return torch.tensor(number, device=settings.device)
 
 
 def count_margins(
@@ -397,6 +341,7 @@ def count_margins(
         if truth is not None:
             truth = anchorda.resize_labels(truth.to(settings.device), labels.shape[1:])
         calibrator.update(labels, margins, truth)
+    anchorda.all_reduce(calibrator)
     return calibrator
 
 
@@ -407,43 +352,85 @@ def label_target(stage: Stage, images: Tensor, settings: Settings) -> dict[str, 
     return maps if settings.labels == "both" else {settings.labels: maps[settings.labels]}
 
 
-def train_stage(
-    network: Segmenter, stage: Stage, data: Data, settings: Settings, records: Records, phase: str
-) -> None:
-    """Train on the source and on the pseudo-labeled target, pulling both to the anchors."""
-    count, half = settings.stage_iterations, settings.batch // 2
-    optimizer, schedule = make_optimizer(network, settings.stage_learning_rate, count)
-    distance = anchorda.AnchorDistanceLoss()
-    # Without class weights: they would multiply the mistakes in rare classes, which are many.
-    discriminate = anchorda.DiscriminativeLoss()
-    centroids = stage.labeler.centroids
-    network.train()
-    both_domains = zip(
-        batches(data.source, count, half, settings),
-        batches(data.target, count, half, settings),
-        strict=True,
+def paper_losses(
+    networks: nn.ModuleDict, batch: Batch, *, stage: Stage, data: Data, settings: Settings
+) -> dict[str, Term]:
+    """Both domains classified, and both pulled to the anchors of their (pseudo-)labels."""
+    source, labels, target = batch
+    pseudo = label_target(stage, target, settings)
+    network, centroids = networks["network"], stage.labeler.centroids
+    features, logits = segment(network, augment(torch.cat([source, target]), settings), settings)
+    source_features, target_features = features.split(len(source))
+    source_logits, target_logits = logits.split(len(source))
+    whole_logits = enlarge(network, source_logits, labels.shape[1:])
+    terms = {"source": source_term(whole_logits, labels, data.class_weight)}
+
+    seen = centroids.isfinite().all(dim=1).float()
+    resized = anchorda.resize_labels(labels, features.shape[2:])
+    correct = anchorda.keep_correct(resized, source_logits)
+    pull = settings.distance_weight * anchorda.anchor_distance_loss(
+        source_features, correct, centroids
     )
-    progress = tqdm(both_domains, desc=phase, total=count)
-    for iteration, ((source, labels), target) in enumerate(progress, start=1):
-        source, labels = source.to(settings.device), labels.to(settings.device)
-        target = target.to(settings.device)
-        pseudo = label_target(stage, target, settings).values()
-        features, logits = segment(network, photometric(torch.cat([source, target])), settings)
-        source_features, target_features = features.split(half)
-        source_logits, target_logits = logits.split(half)
-        small_labels = anchorda.resize_labels(labels, features.shape[2:])
-        correct = anchorda.keep_correct(small_labels, source_logits)
-        pull = distance(source_features, correct, centroids)
-        for pseudo_labels in pseudo:
-            pull = pull + distance(target_features, pseudo_labels, centroids) / len(pseudo)
-        terms = {
-            "source": source_loss(source_logits, labels, data.class_weight),
-            "pseudo": sum(discriminate(target_logits, p) for p in pseudo) / len(pseudo),
-            "distance": settings.distance_weight * pull,
-        }
-        optimize(terms, optimizer)
-        schedule.step()
-        show(terms, iteration, phase, records, progress)
+    terms["source distance"] = Term(pull, amount(correct, seen))
+    for kind, guess in pseudo.items():
+        # Without class weights: they would multiply the mistakes in rare classes, which are many.
+        loss = anchorda.discriminative_loss(target_logits, guess) / len(pseudo)
+        terms[f"{kind} labels"] = Term(loss, amount(guess, torch.ones_like(seen)))
+        pull = anchorda.anchor_distance_loss(target_features, guess, centroids) / len(pseudo)
+        terms[f"{kind} distance"] = Term(settings.distance_weight * pull, amount(guess, seen))
+    return terms
+
+
+def released_losses(
+    networks: nn.ModuleDict, batch: Batch, *, stage: Stage, settings: Settings
+) -> dict[str, Term]:
+    """The same as the released code computes it, each process for itself."""
+    source, labels, target = batch
+    _, by_anchor, by_probability = stage.labeler(target)
+    images = augment(torch.cat([source, target]), settings)
+    features, logits = segment(networks["network"], images, settings)
+    source_features, target_features = features.split(len(source))
+    source_logits, target_logits = logits.split(len(source))
+    loss = anchorda.released.cag_uda_loss(
+        source_features, source_logits, labels,
+        target_features, target_logits, by_anchor.labels, by_probability.labels,
+        stage.labeler.centroids, distance_weight=settings.distance_weight,
+    )  # fmt: skip
+    one = logits.new_ones(())
+    parts = {"source": loss.source, "pseudo": loss.pseudo, "distance": loss.distance}
+    return {name: Term(part, one) for name, part in parts.items()}
+
+
+def train_stage(
+    network: Segmenter,
+    stage: Stage,
+    data: Data,
+    settings: Settings,
+    records: Records,
+    number: int,
+    held: Mapping[str, object],
+) -> None:
+    """Train on the source and on the pseudo-labeled target."""
+    count = settings.iterations(settings.stage_iterations)
+    losses: Losses = functools.partial(paper_losses, stage=stage, data=data, settings=settings)
+    if settings.objective == "released":
+        losses = functools.partial(released_losses, stage=stage, settings=settings)
+    phase = Phase(
+        name=f"stage {number}",
+        number=number,
+        iterations=count,
+        batch=settings.stage_batch,
+        networks=nn.ModuleDict({"network": network}),
+        losses=losses,
+        optimizers=[make_optimizer(network, settings.stage_learning_rate, count, settings)],
+        streams=[
+            RandomStream(data.source, (settings.seed, number, 0)),
+            RandomStream(data.target, (settings.seed, number, 1)),
+        ],
+        score=functools.partial(select, data=data, settings=settings),
+        held=held,
+    )
+    train(phase, settings, records, load_unfinished(phase.name, settings))
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -453,111 +440,167 @@ def train_stage(
 def predict(network: Segmenter, images: Tensor, size: torch.Size, settings: Settings) -> Tensor:
     """Predicted classes (N, H, W) at the size of the labels."""
     _, logits = segment(network, images.to(settings.device), settings)
-    logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-    return logits.argmax(dim=1)
+    return enlarge(network, logits, size).argmax(dim=1)
 
 
-def evaluate(network: Segmenter, data: Data, settings: Settings) -> anchorda.ConfusionMatrix:
-    """Score a network on the target's validation split."""
+def evaluate(
+    network: Segmenter, images: LabeledImages, data: Data, settings: Settings
+) -> anchorda.ConfusionMatrix:
+    """Score a network on labeled images."""
     network.eval()
     confusion = anchorda.ConfusionMatrix(NUM_CLASSES).to(settings.device)
     evaluated = torch.tensor(data.evaluated, device=settings.device)
-    for images, labels in one_by_one(data.evaluation, settings, "evaluation"):
+    for image, labels in each_once(images, "evaluation", loading_of(settings)):
         labels = labels.to(settings.device)
         labels = labels.where(torch.isin(labels, evaluated), IGNORE)
-        confusion.update(predict(network, images, labels.shape[1:], settings), labels)
+        confusion.update(predict(network, image, labels.shape[1:], settings), labels)
+    anchorda.all_reduce(confusion)
     return confusion
+
+
+def select(network: Segmenter, *, data: Data, settings: Settings) -> dict[str, float]:
+    """What the best network may be chosen by; see --best-by."""
+    domains = {"source": data.held_out, "target": data.evaluation}
+    return {
+        domain: evaluate(network, images, data, settings).mean_iou().item()
+        for domain, images in domains.items()
+    }
 
 
 def analyze_labels(
     stage: Stage, data: Data, settings: Settings
 ) -> dict[str, anchorda.PseudoLabelQuality]:
     """Compare a stage's pseudo-labels with the target's training labels, if there are any."""
-    quality: dict[str, anchorda.PseudoLabelQuality] = {}
     if data.analysis is None:
-        return quality
-    for images, labels in one_by_one(data.analysis, settings, "label quality"):
-        maps = label_target(stage, images.to(settings.device), settings)
-        for labeler, pseudo in maps.items():
-            if labeler not in quality:
-                quality[labeler] = anchorda.PseudoLabelQuality(NUM_CLASSES).to(settings.device)
-            truth = anchorda.resize_labels(labels.to(settings.device), pseudo.shape[1:])
-            quality[labeler].update(pseudo, truth)
+        return {}
+    kinds = ("anchor", "probability") if settings.labels == "both" else (settings.labels,)
+    quality = {k: anchorda.PseudoLabelQuality(NUM_CLASSES).to(settings.device) for k in kinds}
+    for images, labels in each_once(data.analysis, "label quality", loading_of(settings)):
+        for kind, guess in label_target(stage, images.to(settings.device), settings).items():
+            truth = anchorda.resize_labels(labels.to(settings.device), guess.shape[1:])
+            quality[kind].update(guess, truth)
+    for of_kind in quality.values():
+        anchorda.all_reduce(of_kind)
     return quality
 
 
 # -------------------------------------------------------------------------------------- everything
 
 
+class Run:
+    """What there is of a run. A phase is done when its checkpoint is there, whole."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = settings.output / "checkpoints"
+        self.records = Records(settings.output if parallel.is_main() else None)
+        self.scores: dict[str, anchorda.ConfusionMatrix] = {}
+        there = self.folder.glob("*.pt") if settings.resume else ()
+        # What was recorded after the latest checkpoint will be recorded again.
+        self.records.rewind(max((load_checkpoint(p)["metrics_size"] for p in there), default=0))
+
+    def path(self, phase: str) -> Path:
+        """The checkpoint of a finished phase."""
+        return self.folder / f"{phase.replace(' ', '-')}.pt"
+
+    def load(self, phase: str, network: Segmenter) -> bool:
+        """Whether a phase has been finished; then the network is what it ended with."""
+        if not (self.settings.resume and self.path(phase).is_file()):
+            return False
+        parts = load_checkpoint(self.path(phase))
+        network.load_state_dict(parts["network"])
+        self.scores[phase] = anchorda.ConfusionMatrix(NUM_CLASSES)
+        self.scores[phase].counts.copy_(parts["confusion"])
+        return True
+
+    def held(self, phase: str) -> dict[str, Any] | None:
+        """What a phase holds fixed, if it was begun."""
+        if self.settings.resume and self.path(phase).is_file():
+            parts: dict[str, Any] | None = load_checkpoint(self.path(phase))
+        else:
+            parts = load_unfinished(phase, self.settings)
+        return None if parts is None else parts["held"]
+
+    def finish(
+        self, phase: str, network: Segmenter, data: Data, held: Mapping[str, object] | None = None
+    ) -> None:
+        """Score what a phase has come to, and save it."""
+        scores = evaluate(network, data.evaluation, data, self.settings).cpu()
+        self.scores[phase] = scores
+        self.records.evaluation(phase, scores)
+        if not parallel.is_main():
+            return
+        parts = {
+            "settings": self.settings.plain(),
+            "phase": phase,
+            "network": network.state_dict(),
+            "held": dict(held or {}),
+            "confusion": scores.counts,
+            "metrics_size": self.records.size(),
+        }
+        save_checkpoint(self.path(phase), parts)
+        print(f"\n{score_table(self.scores)}\n", flush=True)
+        if self.settings.source_format == "synthia":
+            mean = scores.iou()[list(SYNTHIA_13)].nanmean().item()
+            print(f"mIoU without wall, fence and pole: {100 * mean:.1f}\n", flush=True)
+
+
 def adapt(settings: Settings) -> Path:
     """Baseline, warm-up, stages; returns the folder of the report."""
     data = open_data(settings)
-    records = Records(settings.output)
-    scores: dict[str, anchorda.ConfusionMatrix] = {}
-
-    def finish(phase: str, network: Segmenter, stage: Stage | None = None) -> None:
-        """Score, print and save what a phase has come to."""
-        scores[phase] = evaluate(network, data, settings)
-        records.evaluation(phase, scores[phase])
-        parts: dict[str, object] = {"phase": phase, "network": network.state_dict()}
-        if stage is not None:
-            parts |= {"stage": stage.labeler.state_dict(), "counts": stage.counts}
-        name = phase.replace(" ", "-") + ".pt"
-        save_checkpoint(settings.output / "checkpoints" / name, parts)
-        print(f"\n{score_table(scores)}\n", flush=True)
-        if settings.source_format == "synthia":
-            mean = scores[phase].iou()[list(SYNTHIA_13)].nanmean().item()
-            print(f"mIoU without wall, fence and pole: {100 * mean:.1f}\n", flush=True)
+    run = Run(settings)
 
     if settings.baseline:
         baseline = new_network(settings)
-        warm_up(baseline, data, settings, records, augment=False)
-        finish("source only", baseline)
+        if not run.load("source only", baseline):
+            plain = dataclasses.replace(settings, warmup="source", photometric=False)
+            warm_up("source only", baseline, data, plain, run.records)
+            run.finish("source only", baseline, data)
 
     network = new_network(settings)
-    if settings.warmup_checkpoint is None:
-        warm_up(network, data, settings, records, augment=True)
-    else:
-        network.load_state_dict(load_checkpoint(settings.warmup_checkpoint)["network"])
-    finish("warm-up", network)
+    if not run.load("warm-up", network):
+        if settings.warmup_checkpoint is None:
+            warm_up("warm-up", network, data, settings, run.records)
+        else:
+            network.load_state_dict(load_checkpoint(settings.warmup_checkpoint)["network"])
+        run.finish("warm-up", network, data)
     warm = copy.deepcopy(network).eval()
 
-    health = []
     stage: Stage | None = None
+    health = []
     for number in range(1, settings.stages + 1):
-        phase, previous = f"stage {number}", stage
-        # The same draws however the warm-up came, and whether or not there was truth to look at.
-        torch.manual_seed(1000 * settings.seed + number)
-        stage = begin_stage(network, data, settings)
-        health.append(f"{phase}\n{anchor_table(stage, previous)}\n")
-        for labeler, quality in analyze_labels(stage, data, settings).items():
-            records.pseudo_labels(phase, labeler, quality)
-        torch.manual_seed(1000 * settings.seed + number)
-        train_stage(network, stage, data, settings, records, phase)
-        finish(phase, network, stage)
+        name, previous = f"stage {number}", stage
+        held = run.held(name)
+        if held is None:
+            stage = begin_stage(network, data, settings)
+            held = {"stage": stage.plain(), "health": anchor_table(stage, previous)}
+            for kind, quality in analyze_labels(stage, data, settings).items():
+                run.records.pseudo_labels(name, kind, quality)
+        else:
+            stage = restore_stage(network, held["stage"], settings)
+        health.append(f"{name}\n{held['health']}\n")
+        if not run.load(name, network):
+            train_stage(network, stage, data, settings, run.records, number, held)
+            run.finish(name, network, data, held)
 
-    records.close()
-    folder = settings.output / "report"
-    folder.mkdir(exist_ok=True)
-    write_text(folder / "iou.txt", score_table(scores) + "\n")
-    write_text(folder / "anchors.txt", "\n".join(health))
+    run.records.close()
     stage = stage or begin_stage(network, data, settings)
-    draw_report(folder, warm, network.eval(), stage, data, settings)
+    folder = settings.output / "report"
+    margins = {
+        domain: all_margins(stage, images, settings)
+        for domain, images in (("held-out source", data.held_out), ("target", data.analysis))
+        if images is not None
+    }
+    if parallel.is_main():
+        folder.mkdir(exist_ok=True)
+        write_text(folder / "iou.txt", score_table(run.scores) + "\n")
+        write_text(folder / "anchors.txt", "\n".join(health))
+        save_margin_curves(folder / "margins.png", margins, stage.labeler.by_anchor.min_margin)
+        draw_report(folder, warm, network.eval(), stage, data, settings)
     return folder
 
 
-def new_network(settings: Settings) -> Segmenter:
-    """The network to begin with, the same for the same seed."""
-    torch.manual_seed(settings.seed)
-    if settings.network == "small":
-        return SmallSegmenter(NUM_CLASSES).to(settings.device)
-    network = DeepLab(NUM_CLASSES, depth=int(settings.network.removeprefix("deeplab")))
-    if settings.backbone is not None:
-        load_backbone(network, settings.backbone)
-    return network.to(settings.device)
-
-
-def score_table(scores: dict[str, anchorda.ConfusionMatrix]) -> str:
+def score_table(scores: Mapping[str, anchorda.ConfusionMatrix]) -> str:
     """Per-class IoU of all phases so far."""
     return iou_table(
         {phase: confusion.iou() for phase, confusion in scores.items()},
@@ -572,9 +615,14 @@ def anchor_table(stage: Stage, previous: Stage | None) -> str:
     return health.table(CLASS_NAMES)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def all_margins(
+    stage: Stage, images: LabeledImages, settings: Settings
+) -> anchorda.ScoreCalibrator:
+    """What other minimums would have given, on labeled images."""
+    of_all = anchorda.StageLabeler(
+        stage.labeler.network, stage.labeler.centroids, extract=stage.labeler.extract
+    )
+    return count_margins(of_all, each_once(images, "margins", loading_of(settings)), settings)
 
 
 def draw_report(
@@ -600,32 +648,26 @@ def draw_report(
     save_curves(folder / "curves.png", metrics)
     save_label_quality(folder / "label_quality.png", metrics)
     save_anchor_distances(folder / "anchor_distances.png", stage.labeler.centroids.cpu())
-    # A stage without minimums, to see what other minimums would have done.
-    of_all = anchorda.StageLabeler(
-        stage.labeler.network, stage.labeler.centroids, extract=stage.labeler.extract
-    )
-    margins = {
-        domain: count_margins(of_all, one_by_one(dataset, settings, "margins"), settings)
-        for domain, dataset in (("held-out source", data.held_out), ("target", data.analysis))
-        if dataset is not None
-    }
-    save_margin_curves(folder / "margins.png", margins, stage.labeler.by_anchor.min_margin)
 
 
 def main() -> None:
     """Run from the command line."""
     settings = parse_settings()
+    device = parallel.start(settings.device)
+    settings = dataclasses.replace(settings, device=str(device))
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    resolved = json.dumps(vars(settings), default=str, indent=2)
-    (settings.output / "settings.json").write_text(resolved + "\n", encoding="utf-8")
+    if parallel.is_main():
+        settings.output.mkdir(parents=True, exist_ok=True)
+        settings.save(settings.output / "settings.toml")
     try:
         folder = adapt(settings)
-    except (DatasetError, FloatingPointError) as error:
+    except (DatasetError, FloatingPointError, ValueError) as error:
         # From a worker process the message comes behind a traceback.
         sys.exit("error: " + str(error).rpartition("DatasetError: ")[2])
-    print(f"Report: {folder}")
+    if parallel.is_main():
+        print(f"Report: {folder}")
+    parallel.stop()
 
 
 if __name__ == "__main__":

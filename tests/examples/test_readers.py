@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-WHOLE = ResizeAndCrop(20)
+WHOLE = ResizeAndCrop("height:20")
 
 
 def _save(path: Path, pixels: NDArray[np.uint8], *, palette: bool = False) -> Path:
@@ -262,7 +262,9 @@ def test_unknown_id(gta5: Path) -> None:
 def test_error_in_a_worker_names_the_file(gta5: Path) -> None:
     path = gta5 / "images" / "00003.png"
     path.write_bytes(path.read_bytes()[:-40])
-    images = UnlabeledImages(sorted((gta5 / "images").iterdir()), ResizeAndCrop(20, (8, 8)))
+    images = UnlabeledImages(
+        sorted((gta5 / "images").iterdir()), ResizeAndCrop("height:20", (8, 8))
+    )
     with pytest.raises(DatasetError, match=re.escape(str(path))):
         list(DataLoader(images, batch_size=2, num_workers=1))
 
@@ -311,7 +313,7 @@ UPPER = "00 000302030000 000801040000"
 def test_each_filter_type_by_hand(tmp_path: Path, lower: str) -> None:
     label = _save_rgb_16(tmp_path / "label.png", 2, bytes.fromhex(UPPER + lower))
     image = _save(tmp_path / "image.png", _pixels(2, 2))
-    _, labels = LabeledImages([Pair(image, label)], ResizeAndCrop(2))[0]
+    _, labels = LabeledImages([Pair(image, label)], ResizeAndCrop("height:2"))[0]
     assert labels.tolist() == [[0, 13], [3, 10]]
 
 
@@ -348,7 +350,7 @@ def test_synthia_labels_are_cropped_with_their_image(tmp_path: Path) -> None:
     ids = np.arange(1, 13, dtype=np.uint16).repeat(10)[None].repeat(60, 0)
     label = _save_synthia(tmp_path / "label.png", ids)
     image = _save(tmp_path / "image.png", _pixels(60, 120))
-    dataset = LabeledImages([Pair(image, label)], ResizeAndCrop(60, (24, 32), flip=True))
+    dataset = LabeledImages([Pair(image, label)], ResizeAndCrop("height:60", (24, 32), flip=True))
     train_id_of = torch.tensor([255, 10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17])
     for seed in range(6):
         torch.manual_seed(seed)
@@ -469,14 +471,14 @@ def test_unscaled_whole_image_is_exact(tmp_path: Path) -> None:
 
 
 def test_evaluation_scales_the_image_but_not_the_label(tmp_path: Path) -> None:
-    image, labels = _one(tmp_path, 40, 72, ResizeAndCrop(20))[0]
+    image, labels = _one(tmp_path, 40, 72, ResizeAndCrop("height:20"))[0]
     assert image.shape == (3, 20, 36)
     assert labels.shape == (40, 72)
 
 
 @pytest.mark.parametrize("height", [30, 60, 97])
 def test_image_and_label_stay_together(tmp_path: Path, height: int) -> None:
-    dataset = _one(tmp_path, 60, 120, ResizeAndCrop(height, (24, 32), flip=True))
+    dataset = _one(tmp_path, 60, 120, ResizeAndCrop(f"height:{height}", (24, 32), flip=True))
     directions = set()
     for seed in range(12):
         torch.manual_seed(seed)
@@ -490,8 +492,8 @@ def test_image_and_label_stay_together(tmp_path: Path, height: int) -> None:
 
 
 def test_unscaled_crop_is_a_window_of_both(tmp_path: Path) -> None:
-    dataset = _one(tmp_path, 60, 120, ResizeAndCrop(60, (24, 32)))
-    whole, whole_labels = _one(tmp_path, 60, 120, ResizeAndCrop(60))[0]
+    dataset = _one(tmp_path, 60, 120, ResizeAndCrop("height:60", (24, 32)))
+    whole, whole_labels = _one(tmp_path, 60, 120, ResizeAndCrop("height:60"))[0]
     corners = set()
     for seed in range(12):
         torch.manual_seed(seed)
@@ -505,7 +507,7 @@ def test_unscaled_crop_is_a_window_of_both(tmp_path: Path) -> None:
 
 
 def test_every_corner_is_reached(tmp_path: Path) -> None:
-    dataset = _one(tmp_path, 4, 4, ResizeAndCrop(4, (3, 3)))
+    dataset = _one(tmp_path, 4, 4, ResizeAndCrop("height:4", (3, 3)))
     corners = set()
     for seed in range(40):
         torch.manual_seed(seed)
@@ -517,14 +519,14 @@ def test_every_corner_is_reached(tmp_path: Path) -> None:
 def test_an_image_smaller_than_the_crop_is_scaled_to_cover_it(
     height: int, width: int, tmp_path: Path
 ) -> None:
-    image, labels = _one(tmp_path, height, width, ResizeAndCrop(24, (24, 40)))[0]
+    image, labels = _one(tmp_path, height, width, ResizeAndCrop("height:24", (24, 40)))[0]
     assert image.shape == (3, 24, 40)
     assert labels.shape == (24, 40)
     assert bool((labels < 19).all())  # nothing is padding
 
 
 def test_image_alone_gets_the_same_geometry(tmp_path: Path) -> None:
-    transform = ResizeAndCrop(45, (24, 32), flip=True)
+    transform = ResizeAndCrop("height:45", (24, 32), flip=True)
     labeled = _one(tmp_path, 60, 120, transform)
     unlabeled = UnlabeledImages([tmp_path / "image.png"], transform)
     for seed in range(4):
@@ -544,7 +546,9 @@ def _real(name: str) -> Path:
 
 
 def test_real_gta5_is_readable() -> None:
-    dataset = LabeledImages(gta5_pairs(_real("gta5_sample")), ResizeAndCrop(526, (256, 448)))
+    dataset = LabeledImages(
+        gta5_pairs(_real("gta5_sample")), ResizeAndCrop("height:526", (256, 448))
+    )
     assert len(dataset) == 3
     image, labels = dataset[1]
     assert image.shape == (3, 256, 448)
@@ -554,7 +558,7 @@ def test_real_gta5_is_readable() -> None:
 def test_real_cityscapes_is_readable() -> None:
     root = _real("cityscapes_sample")
     assert len(cityscapes_images(root, "train")) == 6
-    dataset = LabeledImages(cityscapes_pairs(root, "val"), ResizeAndCrop(256))
+    dataset = LabeledImages(cityscapes_pairs(root, "val"), ResizeAndCrop("height:256"))
     image, labels = dataset[0]
     assert image.shape == (3, 256, 512)
     assert labels.shape == (1024, 2048)

@@ -92,7 +92,7 @@ def test_synthia_source_shows_the_scenes_of_the_gta5_source(tmp_path: Path) -> N
     synthia, same_target = _write(tmp_path / "synthia", source_format="synthia")
     assert _digests(target) == _digests(same_target)
     assert [path.name for path in sorted(synthia.iterdir())] == ["GT", "RGB"]
-    whole = ResizeAndCrop(48)
+    whole = ResizeAndCrop("height:48")
     pairs = synthia_pairs(synthia)
     assert [pair.image.name for pair in pairs] == ["0000000.png", "0000001.png", "0000002.png"]
     for pair, same in zip(pairs, gta5_pairs(gta5), strict=True):
@@ -106,7 +106,7 @@ def test_synthia_source_shows_the_scenes_of_the_gta5_source(tmp_path: Path) -> N
 def test_every_painted_id_is_written_as_synthia_has_it(tmp_path: Path) -> None:
     painted = np.array([[0, 1, 4, *(entry.raw_id for entry in CLASSES)]] * 2, np.uint8)
     synthetic._write_synthia(tmp_path, 0, np.zeros((*painted.shape, 3), np.uint8), painted)
-    _, labels = LabeledImages(synthia_pairs(tmp_path), ResizeAndCrop(2))[0]
+    _, labels = LabeledImages(synthia_pairs(tmp_path), ResizeAndCrop("height:2"))[0]
     expected = [c if c in SYNTHIA_16 else IGNORE for c in range(NUM_CLASSES)]
     assert labels.tolist() == [[IGNORE, IGNORE, IGNORE, *expected]] * 2
 

@@ -1,0 +1,62 @@
+"""One process for each GPU, as `torchrun` starts them; without it, one process and no more."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start(device: str) -> torch.device:
+    """Join the other processes that `torchrun` has started, if it has, and pick this one's GPU."""
+    chosen = torch.device(device)
+    if "LOCAL_RANK" not in os.environ:
+        return chosen
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes, in a new tensor without a graph."""
+    values = values.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the first: running statistics differ between them."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
