@@ -13,6 +13,7 @@ import train
 from classes import CLASS_NAMES, NUM_CLASSES
 from network import SmallSegmenter
 from records import load_checkpoint
+from settings import Settings, parse_settings
 from synthetic import write_synthetic_pair
 
 import anchorda
@@ -20,7 +21,7 @@ import anchorda
 TRAIN = Path(train.__file__)
 UNKNOWN_TO_SYNTHIA = ("terrain", "truck", "train")
 TINY = [
-    *("--height", "32", "--crop", "32", "48", "--batch", "4", "--workers", "0"),
+    *("--resize", "height:32", "--crop", "32", "48", "--workers", "0"),
     *("--warmup-iterations", "3", "--stages", "2", "--stage-iterations", "2", "--device", "cpu"),
 ]
 
@@ -39,7 +40,7 @@ def run(pair: tuple[Path, Path], output: Path, *flags: str) -> list[dict[str, ob
     output.mkdir()
     source, target = (str(folder) for folder in pair)
     arguments = ["--source", source, "--target", target, "--output", str(output), *TINY, *flags]
-    train.adapt(train.parse_settings(arguments))
+    train.adapt(parse_settings(arguments))
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -88,9 +89,8 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
     assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
     # A stage's labeler can be had back from its checkpoint alone.
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
-    labeler = anchorda.StageLabeler(SmallSegmenter(NUM_CLASSES), torch.zeros(NUM_CLASSES, 64))
-    labeler.load_state_dict(parts["stage"])
-    assert labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
+    stage = train.restore_stage(SmallSegmenter(NUM_CLASSES), parts["held"]["stage"], parse_settings([]))
+    assert stage.labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
 
 
 @pytest.mark.parametrize("labels", ["anchor", "probability"])
@@ -139,11 +139,12 @@ def test_synthia_is_evaluated_on_the_classes_it_knows(
     arguments = ["--source", str(source), "--target", str(pair[1]), "--output", "none", *TINY]
     truth = {}
     for source_format in ("gta5", "synthia"):
-        settings = train.parse_settings([*arguments, "--source-format", "synthia"])
+        settings = parse_settings([*arguments, "--source-format", "synthia"])
         data = train.open_data(settings)
         if source_format == "gta5":
             data = dataclasses.replace(data, evaluated=tuple(range(NUM_CLASSES)))
-        confusion = train.evaluate(train.new_network(settings), data, settings)
+        network = train.new_network(settings)
+        confusion = train.evaluate(network, data.evaluation, data, settings)
         truth[source_format] = confusion.counts.sum(dim=1)
     unknown = torch.tensor([name in UNKNOWN_TO_SYNTHIA for name in CLASS_NAMES])
     assert truth["gta5"][unknown].any()
@@ -156,15 +157,14 @@ def test_margins_are_chosen_class_by_class(
 ) -> None:
     source, target = (str(folder) for folder in pair)
     arguments = ["--source", source, "--target", target, "--output", str(tmp_path), *TINY]
-    settings = train.parse_settings([*arguments, "--margin", margin])
+    settings = parse_settings([*arguments, "--margin", margin])
     data = train.open_data(settings)
     stage = train.begin_stage(train.new_network(settings), data, settings)
     minimum = stage.labeler.by_anchor.min_margin
     assert minimum.shape == (NUM_CLASSES,)
     domain = data.analysis if margin.startswith("coverage") else data.held_out
     assert domain is not None
-    samples = train.one_by_one(domain, settings, "margins")
-    curve = train.count_margins(stage.labeler, samples, settings).curve()
+    curve = train.all_margins(stage, domain, settings).curve()
     seen = 0
     for c in minimum.isfinite().nonzero().flatten().tolist():
         at = curve.min_scores.tolist().index(minimum[c].item())
@@ -176,7 +176,7 @@ def test_margins_are_chosen_class_by_class(
 
 def test_the_held_out_tenth_is_not_trained_on(pair: tuple[Path, Path]) -> None:
     arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--output", "none", *TINY]
-    data = train.open_data(train.parse_settings(arguments))
+    data = train.open_data(parse_settings(arguments))
     assert (len(data.source), len(data.source_whole), len(data.held_out)) == (4, 4, 1)
     held_out = data.held_out[0][0]
     assert not any(torch.equal(data.source_whole[i][0], held_out) for i in range(4))
@@ -184,11 +184,12 @@ def test_the_held_out_tenth_is_not_trained_on(pair: tuple[Path, Path]) -> None:
 
 def test_rare_classes_weigh_more_and_the_mean_over_pixels_is_one(pair: tuple[Path, Path]) -> None:
     arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--output", "none", *TINY]
-    data = train.open_data(train.parse_settings(arguments))
+    data = train.open_data(parse_settings(arguments))
     whole = data.source_whole
     labels = torch.cat([whole[i][1].flatten() for i in range(len(whole))])
     counts = torch.bincount(labels[labels < NUM_CLASSES], minlength=NUM_CLASSES)
     weight = data.class_weight
+    assert weight is not None
     assert weight.isfinite().all()
     assert (weight[labels[labels < NUM_CLASSES]].double().mean() - 1).abs() < 1e-5
     by_count = weight[counts.sort().indices]
@@ -200,7 +201,7 @@ def test_rare_classes_weigh_more_and_the_mean_over_pixels_is_one(pair: tuple[Pat
 
 def test_the_learning_rate_rises_and_falls() -> None:
     network = SmallSegmenter(NUM_CLASSES)
-    optimizer, schedule = train.make_optimizer(network, 0.5, 40)
+    optimizer, schedule = train.make_optimizer(network, 0.5, 40, Settings())
     rates = []
     for _ in range(40):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -210,62 +211,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[1] == pytest.approx(0.5 * (1 - 1 / 40) ** 0.9)
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert 0 < rates[-1] < 0.02
-
-
-def test_source_and_target_belong_together(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        train.parse_settings(["--source", "x", "--output", "y"])
-    assert "give both, or neither" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "margin", ["high", "coverage:", "precision:1.5", "quantile:0.5", ":1", "2,"]
-)
-def test_a_wrong_margin_is_named(margin: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        train.parse_settings(["--margin", margin, "--output", "y"])
-    assert (
-        "expected a number, coverage:Q or precision:P with Q, P in [0, 1]"
-        in capsys.readouterr().err
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--height", "0"], "expected a whole number of at least 1, got '0'"),
-        (["--batch", "3"], "--batch 3 cannot be halved between the domains"),
-        (["--warmup-iterations", "-1"], "expected a whole number of at least 1"),
-        (["--probability", "95"], "expected a number in [0, 1], got '95'"),
-        (["--backbone", "weights.pth"], "--backbone holds weights of a ResNet"),
-        (
-            ["--backbone", "nowhere.pth", "--network", "deeplab50"],
-            "there is no file of weights nowhere.pth",
-        ),
-        (["--height", "100"], "--crop 128 is higher than --height 100"),
-    ],
-)
-def test_a_wrong_setting_is_named(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        train.parse_settings([*flags, "--output", "y"])
-    assert message in capsys.readouterr().err
-
-
-def test_an_earlier_run_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text("precious")
-    with pytest.raises(SystemExit):
-        train.parse_settings(["--output", str(tmp_path)])
-    assert "already holds a run" in capsys.readouterr().err
-
-
-def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        train.parse_settings(["--output", str(tmp_path), "--warmup-checkpoint", "nowhere.pt"])
-    assert "there is no warm-up checkpoint nowhere.pt" in capsys.readouterr().err
 
 
 def broken_run(pair: tuple[Path, Path], source: Path, output: Path, *flags: str) -> str:

@@ -1,0 +1,165 @@
+"""The paper's settings: every preset runs whole, and one step at true size on true files."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from classes import NUM_CLASSES
+from deeplab import DeepLab
+from records import Records, load_checkpoint
+from settings import PRESETS, Settings, parse_settings
+from synthetic import SourceFormat, write_synthetic_pair
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def events_of(output: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
+def test_a_preset_runs_whole_on_tiny_images(preset: str, tmp_path: Path) -> None:
+    source_format: SourceFormat = "synthia" if preset == "synthia" else "gta5"
+    source, target = write_synthetic_pair(
+        tmp_path / "pair", seed=0, source_images=5, target_images=4, val_images=2, height=64,
+        source_format=source_format,
+    )  # fmt: skip
+    arguments = [
+        *("--preset", preset, "--source", str(source), "--target", str(target)),
+        *("--output", str(tmp_path / "run"), "--resize", "height:64", "--crop", "64", "96"),
+        *("--warmup-batch", "2", "--stage-batch", "1", "--max-iterations", "1"),
+        *("--stages", "2", "--margin", "0.01", "--workers", "0", "--device", "cpu"),
+    ]
+    (tmp_path / "run").mkdir()
+    settings = parse_settings(arguments)
+    assert (settings.network, settings.warmup, settings.optimizer) == (
+        *("deeplab101", "adversarial", "sgd"),
+    )
+    train.adapt(settings)
+    events = events_of(tmp_path / "run")
+    phases = ["warm-up", "stage 1", "stage 2"]
+    assert [e["phase"] for e in events if e["kind"] == "evaluation"] == phases
+    assert [e["phase"] for e in events if e["kind"] == "selection"] == phases
+    terms = [e["terms"] for e in events if e["kind"] == "losses"]
+    assert [set(t) >= {"source"} for t in terms if isinstance(t, dict)] == [True] * 3
+    assert isinstance(terms[0], dict)
+    assert set(terms[0]) == {"source", "adversarial", "discriminator"}
+    parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
+    DeepLab(NUM_CLASSES).load_state_dict(parts["network"])
+
+
+def tiny_run(pair: tuple[Path, Path], output: Path, *flags: str) -> Settings:
+    """A warm-up and a stage of two steps each in this process."""
+    output.mkdir()
+    arguments = [
+        *("--source", str(pair[0]), "--target", str(pair[1]), "--output", str(output)),
+        *("--resize", "height:32", "--crop", "32", "48", "--workers", "0", "--device", "cpu"),
+        *("--max-iterations", "2", "--stages", "1"),
+    ]
+    settings = parse_settings([*arguments, *flags])
+    train.adapt(settings)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and a target of a few small images."""
+    root = tmp_path_factory.mktemp("pair")
+    return write_synthetic_pair(
+        root, seed=0, source_images=5, target_images=4, val_images=2, height=48
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--warmup", "adversarial"),
+        ("--objective", "released", "--distance-weight", "0.7"),
+        ("--teacher", "0.9", "--evaluate-every", "1", "--best-by", "target"),
+        ("--precision", "bfloat16"),
+        ("--precision", "float16", "--warmup", "adversarial"),
+        ("--accumulate", "2"),
+        ("--batch-norm", "freeze", "--network", "deeplab18"),
+        ("--optimizer", "sgd", "--no-photometric", "--no-class-weights"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_every_choice_runs(
+    flags: tuple[str, ...], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tiny_run(pair, tmp_path / "run", *flags)
+    events = events_of(tmp_path / "run")
+    for event in events:
+        if event["kind"] == "losses":
+            assert isinstance(event["terms"], dict)
+            assert all(map(math.isfinite, event["terms"].values()))
+    assert [e["phase"] for e in events if e["kind"] == "evaluation"] == ["warm-up", "stage 1"]
+
+
+def test_frozen_batch_norm_stays_as_it_was(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ("--batch-norm", "freeze", "--network", "deeplab18")
+    settings = tiny_run(pair, tmp_path / "run", *flags)
+    before = train.new_network(settings).state_dict()
+    after = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-1.pt")["network"]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {
+        name for name, p in train.new_network(settings).named_parameters() if p.requires_grad
+    }
+    assert not any("bn" in name or "running" in name for name in moved)
+
+
+def test_a_stage_starts_from_the_best_network_of_the_one_before(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("--evaluate-every", "1", "--max-iterations", "4", "--warmup-learning-rate", "0.03")
+    tiny_run(pair, tmp_path / "run", *flags)
+    chosen = [e for e in events_of(tmp_path / "run") if e["kind"] == "selection"]
+    scores = [e["miou"]["source"] for e in chosen if e["phase"] == "warm-up"]  # type: ignore[index]
+    parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "warm-up.pt")
+    settings = parse_settings(["--preset", "gta5"])
+    assert settings.best_by == "source"
+    saved = dataclasses.replace(
+        parse_settings([]), source=pair[0], target=pair[1], resize="height:32", crop=(32, 48),
+        workers=0, device="cpu",
+    )  # fmt: skip
+    data, network = train.open_data(saved), train.new_network(saved)
+    network.load_state_dict(parts["network"])
+    again = train.select(network, data=data, settings=saved)["source"]
+    assert again == max(scores)
+    stage = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-1.pt")["held"]["stage"]
+    for name, value in parts["network"].items():
+        assert torch.equal(stage["labeler"][f"network.{name}"], value)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real images are not beside this repository")
+def test_one_step_at_true_size_from_true_files(tmp_path: Path) -> None:
+    arguments = [
+        *("--preset", "gta5", "--source", str(DATA / "gta5_sample")),
+        *("--target", str(DATA / "cityscapes_sample"), "--output", str(tmp_path)),
+        *("--stage-batch", "1", "--max-iterations", "1", "--evaluate-every", "0"),
+        *("--workers", "0", "--device", "cpu", "--margin", "0"),
+    ]
+    settings = parse_settings(arguments)
+    data = train.open_data(settings)
+    # Anchors of crops: whole images take minutes on a CPU.
+    data = dataclasses.replace(data, source_whole=data.source)
+    network = train.new_network(settings)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    stage = train.begin_stage(network, data, settings)
+    records = Records(tmp_path)
+    records.rewind(0)
+    train.train_stage(network, stage, data, settings, records, 1, {})
+    (event,) = [e for e in events_of(tmp_path) if e["kind"] == "losses"]
+    terms = event["terms"]
+    assert isinstance(terms, dict)
+    assert terms["source"] > 0
+    assert terms["anchor labels"] > 0
+    assert terms["anchor distance"] > 0
+    for name, parameter in network.named_parameters():
+        assert parameter.isfinite().all(), name
+    moved = [name for name, p in network.named_parameters() if not torch.equal(before[name], p)]
+    assert len(moved) > 0.9 * len(before)
