@@ -1,0 +1,151 @@
+"""A run that is killed at any moment goes on, and ends with the same bits as one that is not."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import sys
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from records import load_checkpoint
+from synthetic import write_synthetic_pair
+
+KILLS = 24
+FLAGS = [
+    *("--resize", "height:32", "--crop", "32", "48", "--workers", "0", "--device", "cpu"),
+    *("--warmup-iterations", "12", "--stages", "2", "--stage-iterations", "12", "--baseline"),
+    *("--warmup", "adversarial", "--teacher", "0.8", "--precision", "bfloat16"),
+    *("--checkpoint-every", "3", "--evaluate-every", "4", "--threads", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and a target of a few small images."""
+    root = tmp_path_factory.mktemp("pair")
+    return write_synthetic_pair(
+        root, seed=0, source_images=5, target_images=4, val_images=2, height=48
+    )
+
+
+def main(arguments: list[str], log: Path) -> None:
+    """The command line in a process that has imported torch already: starting is quick."""
+    with log.open("a") as file:
+        sys.stdout = sys.stderr = file
+        sys.argv = ["train.py", *arguments]
+        train.main()
+
+
+def start(pair: tuple[Path, Path], output: Path, *flags: str) -> ForkServerProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "tests.examples.test_resume"])
+    source, target = pair
+    arguments = ["--source", str(source), "--target", str(target), "--output", str(output)]
+    log = output.with_suffix(".log")
+    process = context.Process(target=main, args=([*arguments, *FLAGS, *flags], log))
+    process.start()
+    return process
+
+
+def result_of(output: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The metrics, and every tensor of every phase's checkpoint."""
+    tensors = {}
+    for path in (output / "checkpoints").glob("*.pt"):
+        if path.name != "unfinished.pt":
+            parts = load_checkpoint(path)
+            flat = parts["network"] | {"confusion": parts["confusion"]}
+            flat |= parts["held"].get("stage", {}).get("labeler", {})
+            tensors |= {f"{path.name}: {name}": value for name, value in flat.items()}
+    return (output / "metrics.jsonl").read_text(), tensors
+
+
+@pytest.fixture(scope="module")
+def whole(
+    pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, float]:
+    """A run without interruption, and the seconds it takes."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    start(pair, output.with_name("first"), "--max-iterations", "1").join()  # imports everything
+    begun = time.monotonic()
+    process = start(pair, output)
+    process.join()
+    assert process.exitcode == 0, output.with_suffix(".log").read_text()
+    return output, time.monotonic() - begun
+
+
+def test_killed_at_random_moments_it_ends_the_same(
+    pair: tuple[Path, Path], whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    uninterrupted, seconds = whole
+    metrics, tensors = result_of(uninterrupted)
+    draw = random.Random(0)
+    kills = runs = 0
+    places = set()
+    while kills < KILLS:
+        output = tmp_path / f"run{runs}"
+        runs += 1
+        while True:
+            process = start(pair, output, "--resume")
+            process.join(draw.uniform(0.0, 0.4 * seconds) if kills < KILLS else None)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            for path in output.glob("checkpoints/*.pt"):
+                parts = load_checkpoint(path)  # whole, or an exception
+                places.add((parts["phase"], parts.get("iteration")))
+        assert process.exitcode == 0, output.with_suffix(".log").read_text()
+        again, tensors_again = result_of(output)
+        assert again == metrics
+        assert tensors_again.keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert torch.equal(tensors_again[name].nan_to_num(), value.nan_to_num()), name
+        assert not list(output.rglob("*.tmp"))
+    assert len({phase for phase, _ in places}) > 1  # it was not always killed at the same place
+
+
+def test_a_finished_run_that_goes_on_changes_nothing(
+    pair: tuple[Path, Path], whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole[0], output)
+    process = start(pair, output, "--resume")
+    process.join()
+    assert process.exitcode == 0
+    assert result_of(output)[0] == result_of(whole[0])[0]
+
+
+def test_other_settings_do_not_go_on(
+    pair: tuple[Path, Path], whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole[0], output)
+    process = start(pair, output, "--resume", "--seed", "1")
+    process.join()
+    assert process.exitcode == 2
+    said = output.with_suffix(".log").read_text()
+    assert "holds a run with --seed 0, but now it is 1" in said
+
+
+def test_what_was_recorded_after_the_checkpoint_is_recorded_again(
+    pair: tuple[Path, Path], whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole[0], output)
+    metrics = result_of(output)[0]
+    for name in ("stage-2.pt", "stage-1.pt"):
+        (output / "checkpoints" / name).unlink()
+    (output / "checkpoints" / "unfinished.pt").unlink()
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "losses", "phase": "sta')  # a line that was cut
+    process = start(pair, output, "--resume")
+    process.join()
+    assert process.exitcode == 0
+    assert result_of(output)[0] == metrics
+    assert all(map(json.loads, metrics.splitlines()))
