@@ -84,7 +84,13 @@ def train(
 
     Raises:
         FloatingPointError: if a loss is not finite any more; it names iteration, term and files.
+        ValueError: if the batch cannot be split over the processes.
     """
+    if phase.batch % (parallel.size() * settings.accumulate):
+        raise ValueError(
+            f"{phase.name}: a batch of {phase.batch} cannot be split over {parallel.size()} "
+            f"processes, in {settings.accumulate} equal parts each: change one of the three"
+        )
     network = phase.networks["network"]
     assert isinstance(network, Segmenter)
     state = _State(phase, settings)

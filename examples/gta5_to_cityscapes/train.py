@@ -294,6 +294,8 @@ def restore_stage(network: Segmenter, parts: Mapping[str, Any], settings: Settin
     extract = functools.partial(segment, settings=settings)
     labeler = anchorda.StageLabeler(network, anchors, extract=extract)
     labeler.load_state_dict(parts["labeler"])
+    if settings.compile:
+        labeler.network.compile()
     return Stage(labeler, parts["counts"].to(settings.device))
 
 
@@ -309,9 +311,12 @@ def begin_stage(network: Segmenter, data: Data, settings: Settings) -> Stage:
     minimum = torch.full((NUM_CLASSES,), -math.inf, device=settings.device)
     for rule, number in split_margin(settings.margin):
         minimum = torch.maximum(minimum, choose_margin(rule, number, labeler, data, settings))
-    anchorda.warn_unreachable_margins(minimum, labeler.centroids, class_names=CLASS_NAMES)
+    if parallel.is_main():
+        anchorda.warn_unreachable_margins(minimum, labeler.centroids, class_names=CLASS_NAMES)
     labeler.by_anchor = anchorda.AnchorPseudoLabeler(minimum)
     labeler.by_probability = anchorda.ProbabilityPseudoLabeler(settings.probability)
+    if settings.compile:
+        labeler.network.compile()  # a copy is not compiled, whatever its original was
     return Stage(labeler, anchors.counts)
 
 

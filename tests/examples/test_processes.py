@@ -22,7 +22,7 @@ import torch.distributed as dist
 import train
 from adversarial import Discriminator
 from classes import NUM_CLASSES
-from records import load_checkpoint
+from records import Records, load_checkpoint
 from settings import Settings, parse_settings
 from streams import Loading, RandomStream
 from synthetic import write_synthetic_pair
@@ -174,6 +174,18 @@ def test_the_first_gradients_are_those_of_one_process(kind: str, reports: list[R
         mean = (ranks[0][name] + ranks[1][name]) / 2
         torch.testing.assert_close(mean, one[name], rtol=1e-5, atol=1e-7)
         assert name == "value of adversarial" or not torch.equal(ranks[0][name], ranks[1][name])
+
+
+def test_a_batch_that_cannot_be_shared_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.parallel, "size", lambda: 3)
+    settings = dataclasses.replace(
+        settings_of(folder), output=folder / "shared", class_weights=False
+    )
+    network, data = train.new_network(settings), train.open_data(settings)
+    with pytest.raises(ValueError, match="a batch of 4 cannot be split over 3 processes"):
+        train.warm_up("warm-up", network, data, settings, Records(None))
 
 
 def test_torchrun_leaves_one_log_and_one_set_of_checkpoints(folder: Path) -> None:

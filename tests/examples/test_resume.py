@@ -65,9 +65,7 @@ def result_of(output: Path) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, float]:
+def whole(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run without interruption, and the seconds it takes."""
     output = tmp_path_factory.mktemp("whole") / "run"
     start(pair, output.with_name("first"), "--max-iterations", "1").join()  # imports everything

@@ -88,9 +88,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_every_choice_runs(
-    flags: tuple[str, ...], pair: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_every_choice_runs(flags: tuple[str, ...], pair: tuple[Path, Path], tmp_path: Path) -> None:
     tiny_run(pair, tmp_path / "run", *flags)
     events = events_of(tmp_path / "run")
     for event in events:
@@ -98,6 +96,28 @@ def test_every_choice_runs(
             assert isinstance(event["terms"], dict)
             assert all(map(math.isfinite, event["terms"].values()))
     assert [e["phase"] for e in events if e["kind"] == "evaluation"] == ["warm-up", "stage 1"]
+
+
+def test_compiled_networks_trace_and_run(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced as ever, but not handed to a C++ compiler, which takes minutes.
+    compiled: list[torch.nn.Module] = []
+
+    def compile_eagerly(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    tiny_run(pair, tmp_path / "run", "--compile")
+    assert len(compiled) == 2  # the network, and the frozen copy of the stage
+    tiny_run(pair, tmp_path / "plain")
+    first, second = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "stage-1.pt")["network"]
+        for name in ("run", "plain")
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_batch_norm_stays_as_it_was(pair: tuple[Path, Path], tmp_path: Path) -> None:

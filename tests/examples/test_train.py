@@ -89,7 +89,9 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
     assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
     # A stage's labeler can be had back from its checkpoint alone.
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
-    stage = train.restore_stage(SmallSegmenter(NUM_CLASSES), parts["held"]["stage"], parse_settings([]))
+    stage = train.restore_stage(
+        SmallSegmenter(NUM_CLASSES), parts["held"]["stage"], parse_settings([])
+    )
     assert stage.labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
 
 
