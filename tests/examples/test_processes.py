@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import loop
+import parallel
 import pytest
 import torch
 import torch.distributed as dist
@@ -179,7 +180,7 @@ def test_the_first_gradients_are_those_of_one_process(kind: str, reports: list[R
 def test_a_batch_that_cannot_be_shared_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop.parallel, "size", lambda: 3)
+    monkeypatch.setattr(parallel, "size", lambda: 3)
     settings = dataclasses.replace(
         settings_of(folder), output=folder / "shared", class_weights=False
     )

@@ -54,7 +54,7 @@ def start(pair: tuple[Path, Path], output: Path, *flags: str) -> ForkServerProce
 
 def result_of(output: Path) -> tuple[str, dict[str, torch.Tensor]]:
     """The metrics, and every tensor of every phase's checkpoint."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in (output / "checkpoints").glob("*.pt"):
         if path.name != "unfinished.pt":
             parts = load_checkpoint(path)

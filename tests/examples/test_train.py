@@ -16,8 +16,6 @@ from records import load_checkpoint
 from settings import Settings, parse_settings
 from synthetic import write_synthetic_pair
 
-import anchorda
-
 TRAIN = Path(train.__file__)
 UNKNOWN_TO_SYNTHIA = ("terrain", "truck", "train")
 TINY = [
