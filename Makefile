@@ -16,7 +16,7 @@ help:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) --editable ".[examples,test]"
+	$(BIN)/python $(INSTALL) --editable ".[examples,segformer,test]"
 	touch $@
 
 test: lint types unit dist

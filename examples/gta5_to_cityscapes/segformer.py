@@ -1,0 +1,149 @@
+"""SegFormer (Xie et al., NeurIPS 2021) from `transformers`, with the features of its decoder."""
+
+from typing import NamedTuple
+
+import torch
+from network import Segmenter
+from torch import Tensor, nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
+
+
+class _Size(NamedTuple):
+    depths: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int]
+    decoder: int
+
+
+_WIDE = (64, 128, 320, 512)
+_SIZES = {
+    "b0": _Size((2, 2, 2, 2), (32, 64, 160, 256), 256),
+    "b1": _Size((2, 2, 2, 2), _WIDE, 256),
+    "b2": _Size((3, 4, 6, 3), _WIDE, 768),
+    "b3": _Size((3, 4, 18, 3), _WIDE, 768),
+    "b4": _Size((3, 8, 27, 3), _WIDE, 768),
+    "b5": _Size((3, 6, 40, 3), _WIDE, 768),
+}
+# Of the ImageNet classifier, for which there is no place in a segmentation network.
+_OF_CLASSIFIER = {"classifier.weight", "classifier.bias"}
+
+
+class SegFormer(Segmenter):
+    """SegFormer with a MiT encoder; it sees images in [0, 1] and normalizes them as ImageNet's.
+
+    Args:
+        num_classes: C.
+        size: of the encoder, "b0" to "b5".
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, num_classes: int, size: str = "b0") -> None:
+        super().__init__()
+        if size not in _SIZES:
+            raise ValueError(f"Expected `size` to be one of {[*_SIZES]}, but got {size!r}.")
+        depths, widths, self.feature_dim = _SIZES[size]
+        whole = SegformerForSemanticSegmentation(
+            SegformerConfig(
+                depths=list(depths),
+                hidden_sizes=list(widths),
+                decoder_hidden_size=self.feature_dim,
+                num_labels=num_classes,
+            )
+        )
+        self.encoder = whole.segformer
+        self.decoder = whole.decode_head
+        # The decoder's last layer becomes the network's own, so that what goes into it comes out.
+        self.classifier: nn.Conv2d = self.decoder.classifier
+        self.decoder.classifier = nn.Identity()
+        self.register_buffer("mean", _channels(0.485, 0.456, 0.406), persistent=False)
+        self.register_buffer("std", _channels(0.229, 0.224, 0.225), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
+        images = (images - self.mean) / self.std
+        hidden = self.encoder(images, output_hidden_states=True).hidden_states
+        features = self.decoder(hidden)
+        return features, self.classifier(features)
+
+
+def _channels(*values: float) -> Tensor:
+    return torch.tensor(values).view(1, 3, 1, 1)
+
+
+def load_encoder(network: SegFormer, source: str) -> None:
+    """Load ImageNet weights into the encoder; the rest stays as it is.
+
+    Args:
+        network: of the same size.
+        source: a folder of `save_pretrained`, or a name on the hub such as "nvidia/mit-b5".
+
+    Raises:
+        ValueError: if there is no such folder or name, or its weights differ in names or shapes,
+            which are listed; the network is as it was.
+    """
+    _load(network.encoder, SegformerModel, source, allowed=_OF_CLASSIFIER)
+
+
+def load_segformer(network: SegFormer, source: str) -> None:
+    """Load the weights of a whole segmentation network with the same classes.
+
+    As `load_encoder`, of what a `SegformerForSemanticSegmentation` has saved.
+    """
+    whole = nn.Module()  # named as theirs
+    whole.segformer = network.encoder
+    whole.decode_head = network.decoder
+    own = network.decoder.classifier
+    network.decoder.classifier = network.classifier
+    try:
+        _load(whole, SegformerForSemanticSegmentation, source, allowed=set())
+    finally:
+        network.decoder.classifier = own
+
+
+def _load(
+    module: nn.Module,
+    kind: type[SegformerModel] | type[SegformerForSemanticSegmentation],
+    source: str,
+    allowed: set[str],
+) -> None:
+    own = module.state_dict()
+    try:
+        config = SegformerConfig.from_pretrained(source)
+        if kind is SegformerForSemanticSegmentation:
+            config.num_labels = len(own["decode_head.classifier.weight"])
+        loaded, report = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed below, with the rest
+        )
+    except Exception as error:  # the hub and damaged files have many ways to fail
+        raise ValueError(
+            f"Expected {source!r} to be a folder that save_pretrained has written, or the name of "
+            f"a SegFormer on the hub, but it cannot be loaded: {error}"
+        ) from error
+    state = loaded.state_dict()
+    shapes = {
+        name: (tuple(value.shape), tuple(own[name].shape))
+        for name, value in state.items()
+        if name in own
+    }
+    differences = {
+        "missing": {*report["missing_keys"], *(own.keys() - state.keys())},
+        "unexpected": {*report["unexpected_keys"], *(state.keys() - own.keys())} - allowed,
+        "of another shape": {
+            *(str(entry[0]) for entry in report["mismatched_keys"]),
+            *(
+                f"{n} {there} instead of {here}"
+                for n, (there, here) in shapes.items()
+                if there != here
+            ),
+        },
+    }
+    lines = [f"{what}: {', '.join(sorted(names))}" for what, names in differences.items() if names]
+    if lines:
+        message = f"Expected {source!r} to hold the weights of this network, but they differ."
+        raise ValueError("\n".join([message, *lines]))
+    module.load_state_dict(state)

@@ -1,0 +1,150 @@
+"""SegFormer gives the features that its classifier sees, and loads what `transformers` saves."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import build
+import pytest
+import torch
+from torch import Tensor
+
+import anchorda
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+from segformer import SegFormer, load_encoder, load_segformer
+from transformers import (
+    SegformerConfig,
+    SegformerForImageClassification,
+    SegformerForSemanticSegmentation,
+)
+
+# Millions of parameters, encoder and decoder, as published for 19 classes or more.
+PUBLISHED = {"b0": 3.7, "b1": 13.7, "b2": 27.4, "b3": 47.2, "b4": 64.0, "b5": 84.6}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole network of 19 classes, as `transformers` saves it."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(1)
+    SegformerForSemanticSegmentation(SegformerConfig(num_labels=19)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageNet classifier, as `transformers` saves it."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(2)
+    SegformerForImageClassification(SegformerConfig(num_labels=10)).save_pretrained(folder)
+    return folder
+
+
+def images(height: int = 65, width: int = 98) -> Tensor:
+    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_sizes_are_as_published(size: str) -> None:
+    with torch.device("meta"):
+        network = SegFormer(19, size)
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert millions == pytest.approx(PUBLISHED[size], abs=0.06)
+    assert network.feature_dim == (256 if size in ("b0", "b1") else 768)
+
+
+def test_the_classifier_sees_the_features() -> None:
+    network = SegFormer(19).train()
+    features, logits = network(images())
+    assert features.shape == (2, 256, 17, 25)
+    assert logits.shape == (2, 19, 17, 25)
+    assert torch.equal(network.classifier(features), logits)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in network.encoder.parameters())
+
+
+def test_logits_are_those_of_transformers_for_normalized_images(saved: Path) -> None:
+    theirs = SegformerForSemanticSegmentation.from_pretrained(saved).eval()
+    network = SegFormer(19).eval()
+    load_segformer(network, str(saved))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalized = (images() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        assert torch.equal(network(images())[1], theirs(normalized).logits)
+
+
+def test_an_encoder_of_imagenet_loads_and_leaves_the_decoder(encoder: Path) -> None:
+    network = SegFormer(19)
+    before = copy.deepcopy(network.state_dict())
+    load_encoder(network, str(encoder))
+    theirs = SegformerForImageClassification.from_pretrained(encoder).segformer.state_dict()
+    for name, value in network.state_dict().items():
+        inner = name.removeprefix("encoder.")
+        assert torch.equal(value, theirs[inner] if inner != name else before[name]), name
+
+
+def test_what_is_missing_is_listed_and_nothing_is_changed(encoder: Path) -> None:
+    network = SegFormer(19)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=r"missing: .*decode_head.linear_fuse.weight") as raised:
+        load_segformer(network, str(encoder))
+    assert "unexpected: classifier.bias, classifier.weight" in str(raised.value)
+    assert all(torch.equal(before[name], v) for name, v in network.state_dict().items())
+    assert network(images())[0].shape[1] == 256  # the decoder still gives features
+
+
+def test_another_size_or_number_of_classes_is_named(saved: Path, encoder: Path) -> None:
+    with pytest.raises(ValueError, match=r"of another shape: .*\(32,\) instead of \(64,\)"):
+        load_encoder(SegFormer(19, "b1"), str(encoder))
+    with pytest.raises(ValueError, match=r"of another shape: decode_head.classifier.bias"):
+        load_segformer(SegFormer(7), str(saved))
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for source in ("nvidia/mit-b5", str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match="to be a folder that save_pretrained has written"):
+            load_encoder(SegFormer(19), source)
+
+
+def test_it_works_in_a_stage_and_in_half_precision() -> None:
+    torch.manual_seed(0)
+    network = SegFormer(19)
+    batch = images(), torch.randint(0, 19, (2, 65, 98))
+    anchors = anchorda.CategoryAnchors(19, network.feature_dim)
+    stage = anchorda.StageLabeler.from_source(network, [batch], anchors)
+    assert stage(images()).labels.shape == (2, 17, 25)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images())[1].isfinite().all()
+    assert not {"mean", "std"} & network.state_dict().keys()
+
+
+def test_by_name(encoder: Path) -> None:
+    network = build.build_network("segformer-b0")
+    assert isinstance(network, SegFormer)
+    build.load_weights(network, whole=None, backbone=str(encoder))
+    theirs = SegformerForImageClassification.from_pretrained(encoder).segformer.state_dict()
+    assert torch.equal(
+        network.state_dict()["encoder." + next(iter(theirs))], next(iter(theirs.values()))
+    )
+
+
+def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name)
+    )
+    with pytest.raises(ValueError, match=r'pip install "\.\[segformer\]"'):
+        build.build_network("segformer-b0")
+
+
+def test_unknown_names_are_named() -> None:
+    with pytest.raises(ValueError, match="Expected `size` to be one of"):
+        SegFormer(19, "b6")
+    with pytest.raises(ValueError, match="segformer-b5, but got 'unet'"):
+        build.build_network("unet")
