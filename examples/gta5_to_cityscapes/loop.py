@@ -260,6 +260,7 @@ def _choose(state: _State, records: Records) -> None:
     scores = state.phase.score(candidate)
     records.selection(state.phase.name, state.iteration, scores)
     score = scores[state.settings.best_by]
+    score = -math.inf if math.isnan(score) else score
     if state.best is None or score > state.best["score"]:
         weights = {name: value.cpu().clone() for name, value in candidate.state_dict().items()}
         state.best = {"score": score, "iteration": state.iteration, "network": weights}

@@ -210,6 +210,15 @@ def _read_label(path: Path) -> Image.Image:
         ) from error
 
 
+def read_labels(path: Path) -> Tensor:
+    """Read train ids (H, W), int64, of a label file in any of the formats.
+
+    Raises:
+        DatasetError: If the file is not readable, or holds something else.
+    """
+    return _label_tensor(_read_label(path))
+
+
 def _read_synthia_label(path: Path) -> Image.Image:
     try:
         return Image.fromarray(synthia_train_ids(_read_first_channel(path)))

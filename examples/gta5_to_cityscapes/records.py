@@ -137,6 +137,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(parts, dict):
+            raise TypeError(f"it holds a {type(parts).__name__}")
     except OSError:
         raise
     except Exception as error:  # Unpickling what is damaged may raise any.

@@ -71,26 +71,34 @@ class Panel(NamedTuple):
 def save_panels(path: Path, panels: Sequence[Panel]) -> None:
     """Draw a row per panel: image, truth, two predictions, pseudo-labels; below, a legend."""
     titles = ("image", "truth", "warm-up", "adapted", "last pseudo-labels")
-    handles = _class_patches(labels for panel in panels for labels in panel[1:])
+    save_rows(path, titles, [(panel.image, panel[1:]) for panel in panels])
+
+
+def save_rows(
+    path: Path, titles: Sequence[str], rows: Sequence[tuple[Tensor, Sequence[Tensor]]]
+) -> None:
+    """Draw rows of an image (3, H, W) in [0, 1] and its maps of train ids; below, a legend."""
+    handles = _class_patches(labels for _, maps in rows for labels in maps)
     # In inches. Boxes of the images' shapes, so that nothing has to be stretched or padded.
-    box, gap, head, legend_columns = 3.0, 0.05, 0.32, 10
-    heights = [box * panel.image.shape[1] / panel.image.shape[2] for panel in panels]
-    foot = 0.15 + 0.27 * math.ceil(len(handles) / legend_columns)
+    box, gap, head = 3.0, 0.05, 0.32
     width = (box + gap) * len(titles) + gap
-    height = head + sum(heights) + gap * (len(panels) - 1) + foot
+    legend_columns = max(1, int(width / 1.55))
+    heights = [box * image.shape[1] / image.shape[2] for image, _ in rows]
+    foot = 0.15 + 0.27 * math.ceil(len(handles) / legend_columns)
+    height = head + sum(heights) + gap * (len(rows) - 1) + foot
     figure = Figure((width, height), dpi=_DPI)
     figure.subplots_adjust(gap / width, foot / height, 1 - gap / width, 1 - head / height)
-    spacing = {"wspace": gap / box, "hspace": gap * len(panels) / sum(heights)}
+    spacing = {"wspace": gap / box, "hspace": gap * len(rows) / sum(heights)}
     grid = figure.subplots(
-        len(panels), len(titles), squeeze=False, height_ratios=heights, gridspec_kw=spacing
+        len(rows), len(titles), squeeze=False, height_ratios=heights, gridspec_kw=spacing
     )
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=13, pad=5)
     for axes in grid.flat:
         axes.set_axis_off()
-    for row, (image, *label_maps) in zip(grid, panels, strict=True):
-        row[0].imshow(image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), aspect="auto")
-        for axes, labels in zip(row[1:], label_maps, strict=True):
+    for places, (image, maps) in zip(grid, rows, strict=True):
+        places[0].imshow(image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), aspect="auto")
+        for axes, labels in zip(places[1:], maps, strict=True):
             axes.imshow(PALETTE[_train_ids(labels)], interpolation="nearest", aspect="auto")
     figure.legend(
         handles=handles, loc="lower center", ncols=legend_columns, frameon=False, fontsize=11,

@@ -184,6 +184,12 @@ _NOTES = {
 }
 
 
+_SPOKEN: dict[object, str] = {
+    **{int: "a whole number", float: "a number", bool: "true or false"},
+    **{str: "a string", Path: "a string"},
+}
+
+
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line, or an exit that says what is wrong with it."""
     parser = _parser()
@@ -269,7 +275,7 @@ def _converted(kind: object, value: object) -> object:
     elif kind is float and type(value) is int:
         return float(value)
     elif not isinstance(kind, type) or type(value) is not kind:
-        raise TypeError(f"is a {getattr(kind, '__name__', kind)}")
+        raise TypeError(f"is {_SPOKEN.get(kind, kind)}")
     return value
 
 

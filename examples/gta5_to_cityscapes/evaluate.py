@@ -1,0 +1,277 @@
+"""Score a checkpoint of `train.py` on Cityscapes, top to bottom.
+
+    python examples/gta5_to_cityscapes/evaluate.py --checkpoint runs/one/checkpoints/stage-3.pt \
+        --target CITYSCAPES --output results/one
+
+Settings, network, prediction, scores, files. Nothing of it chooses anything: it reports.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from build import build_network
+from classes import CLASS_NAMES, CLASSES, IGNORE, NUM_CLASSES, SYNTHIA_13, SYNTHIA_16
+from network import Segmenter
+from PIL import Image
+from readers import (
+    DatasetError,
+    ResizeAndCrop,
+    UnlabeledImages,
+    cityscapes_images,
+    cityscapes_pairs,
+    read_labels,
+)
+from records import load_checkpoint, write_atomically, write_text
+from report import iou_table, save_rows
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import anchorda
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+class Settings(argparse.Namespace):
+    """What to score, how, and what to write."""
+
+    checkpoint: Path
+    target: Path
+    output: Path
+    split: str
+    scales: list[float]
+    flip: bool
+    labels: bool
+    pictures: int
+    precision: str
+    workers: int
+    device: str
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line."""
+    parser = argparse.ArgumentParser(
+        description="Score a checkpoint on Cityscapes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="of a phase, as train.py leaves it")
+    add("--target", type=Path, required=True, help="Cityscapes folder (leftImg8bit, gtFine)")
+    add("--output", type=Path, required=True, help="folder for scores, labels and pictures")
+    add("--split", choices=("val", "test"), default="val", help="test has no labels to score by")
+    add("--scales", type=float, nargs="+", default=[1.0], help="of the images, to average over")
+    add("--flip", action="store_true", help="average over the mirrored images too")
+    add("--labels", action="store_true", help="write labelIds PNGs, as the test server takes them")
+    add("--pictures", type=int, default=0, help="how many images to draw with their predictions")
+    add("--precision", choices=("float32", "bfloat16", "float16"), default="float32", help=" ")
+    add("--workers", type=int, default=2, help="processes that read images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
+    settings = parser.parse_args(arguments, namespace=Settings())
+    if not settings.checkpoint.is_file():
+        parser.error(f"there is no checkpoint {settings.checkpoint}")
+    if not all(0 < scale < math.inf for scale in settings.scales):
+        parser.error(f"--scales: expected numbers above 0, got {settings.scales}")
+    if settings.split == "test" and not (settings.labels or settings.pictures):
+        parser.error("--split test has no labels to score by: ask for --labels or --pictures")
+    return settings
+
+
+# ----------------------------------------------------------------------------------------- network
+
+
+class Trained(NamedTuple):
+    """A network and what it was trained with."""
+
+    network: Segmenter
+    resize: str
+    """What its images are scaled to, "height:144" or "width:2200"."""
+    evaluated: tuple[int, ...]
+    """The classes that its source knows: the truth of others is ignored."""
+
+
+def load_trained(path: Path, device: str) -> Trained:
+    """The network of a checkpoint.
+
+    Raises:
+        ValueError: if the file is none of `train.py`'s, or its weights do not fit its network.
+    """
+    parts = load_checkpoint(path)
+    missing = [name for name in ("settings", "network") if name not in parts]
+    if missing:
+        mend = " Take one of a finished phase, such as stage-3.pt." if "networks" in parts else ""
+        raise ValueError(f"{path} is not a checkpoint of a phase: it lacks {missing}.{mend}")
+    settings = parts["settings"]
+    network = build_network(settings["network"])
+    try:
+        network.load_state_dict(parts["network"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own settings: {error}") from error
+    network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classes = SYNTHIA_16 if settings["source_format"] == "synthia" else tuple(range(NUM_CLASSES))
+    return Trained(network.to(device), settings["resize"], classes)
+
+
+# -------------------------------------------------------------------------------------- prediction
+
+
+class Views(Dataset[tuple[list[Tensor], tuple[int, int]]]):
+    """Images at several scales, each (1, 3, h, w), and their own height and width."""
+
+    def __init__(self, paths: Sequence[Path], resize: str, scales: Sequence[float]) -> None:
+        self.paths = paths
+        side, _, pixels = resize.partition(":")
+        sizes = [max(1, round(scale * int(pixels))) for scale in scales]
+        self.scaled = [UnlabeledImages(paths, ResizeAndCrop(f"{side}:{size}")) for size in sizes]
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], tuple[int, int]]:
+        """Read one image at all scales."""
+        with Image.open(self.paths[index]) as image:
+            size = (image.height, image.width)
+        return [images.read(index)[None] for images in self.scaled], size
+
+
+@torch.no_grad()
+def predict(
+    network: Segmenter, views: Sequence[Tensor], size: tuple[int, int], *, flip: bool
+) -> Tensor:
+    r"""Class scores (C, H, W) of an image from several views of it.
+
+    .. math:: \frac{1}{|V|} \sum_{v \in V} \mathrm{softmax}(\mathrm{up}(z(v)))
+
+    with the logits z of a view interpolated to the image's size and, if the view was mirrored,
+    mirrored back. Of a single view the scores are its interpolated logits: the same class wins.
+    """
+    scores = torch.zeros(())
+    for view in views:
+        for mirrored in (False, True) if flip else (False,):
+            _, logits = network(view.flip(-1) if mirrored else view)
+            logits = F.interpolate(
+                logits.float(), size, mode="bilinear", align_corners=network.align_corners
+            )
+            if len(views) == 1 and not flip:
+                return logits[0]
+            logits = logits.flip(-1) if mirrored else logits
+            scores = logits[0].softmax(dim=0).add_(scores.to(logits.device))
+    return scores / (len(views) * (2 if flip else 1))
+
+
+def predictions(trained: Trained, paths: Sequence[Path], settings: Settings) -> Iterator[Tensor]:
+    """Predicted train ids (H, W) of images, at their own size and in their order."""
+    views = Views(paths, trained.resize, settings.scales)
+    loader = DataLoader(views, batch_size=None, num_workers=settings.workers)
+    kind, low = torch.device(settings.device).type, settings.precision != "float32"
+    dtype = torch.float16 if settings.precision == "float16" else torch.bfloat16
+    for images, size in tqdm(loader, desc="predicting"):
+        with torch.autocast(kind, dtype, enabled=low):
+            moved = [
+                i.to(settings.device).contiguous(memory_format=torch.channels_last) for i in images
+            ]
+            scores = predict(trained.network, moved, size, flip=settings.flip)
+        yield scores.argmax(dim=0)
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+def scores_of(
+    confusion: anchorda.ConfusionMatrix, settings: Settings, is_16: bool
+) -> dict[str, Any]:
+    """What is reported, as plain values; None where a class does not occur."""
+    iou = confusion.iou()
+    named = {
+        name: None if math.isnan(value) else value
+        for name, value in zip(CLASS_NAMES, iou.tolist(), strict=True)
+    }
+    scores = {"miou": confusion.mean_iou().item(), "accuracy": confusion.accuracy().item()}
+    if is_16:
+        scores["miou of 13 classes"] = iou[list(SYNTHIA_13)].nanmean().item()
+    how = {name: str(v) if isinstance(v, Path) else v for name, v in vars(settings).items()}
+    return {**scores, "iou": named, "settings": how}
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def save_label_ids(folder: Path, image: Path, prediction: Tensor) -> None:
+    """Write raw ids under a name by which the official evaluation finds them: its image's."""
+    raw_ids = np.array([entry.raw_id for entry in CLASSES], np.uint8)
+    picture = Image.fromarray(raw_ids[prediction.cpu().numpy()])
+    name = image.name.removesuffix("_leftImg8bit.png") + "_labelIds.png"
+    write_atomically(folder / name, lambda temporary: picture.save(temporary, format="png"))
+
+
+def evaluate(settings: Settings) -> None:
+    """Predict every image of the split, and write what was asked for."""
+    trained = load_trained(settings.checkpoint, settings.device)
+    labeled = settings.split == "val"
+    if labeled:
+        pairs = cityscapes_pairs(settings.target, "val")
+        paths, truths = [pair.image for pair in pairs], [pair.label for pair in pairs]
+    else:
+        paths, truths = cityscapes_images(settings.target, "test"), []
+    settings.output.mkdir(parents=True, exist_ok=True)
+    label_folder = settings.output / "labelIds"
+    if settings.labels:
+        label_folder.mkdir(exist_ok=True)
+
+    confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
+    evaluated = torch.tensor(trained.evaluated)
+    drawn = set(np.linspace(0, len(paths) - 1, min(settings.pictures, len(paths)), dtype=int))
+    rows: list[tuple[Tensor, list[Tensor]]] = []
+    plain = UnlabeledImages(paths, ResizeAndCrop(trained.resize))
+    for index, prediction in enumerate(predictions(trained, paths, settings)):
+        prediction = prediction.cpu()
+        maps = [prediction]
+        if labeled:
+            truth = read_labels(truths[index])
+            truth = truth.where(torch.isin(truth, evaluated), IGNORE)
+            confusion.update(prediction, truth)
+            maps = [truth, prediction]
+        if settings.labels:
+            save_label_ids(label_folder, paths[index], prediction)
+        if index in drawn:
+            rows.append((plain.read(index), maps))
+
+    if rows:
+        titles = ("image", "truth", "prediction") if labeled else ("image", "prediction")
+        save_rows(settings.output / "pictures.png", titles, rows)
+    if labeled:
+        is_16 = trained.evaluated == SYNTHIA_16
+        scores = scores_of(confusion, settings, is_16)
+        table = iou_table({"IoU": confusion.iou()}, {"IoU": confusion.mean_iou().item()})
+        table += f"\naccuracy  {100 * scores['accuracy']:.1f}"
+        if is_16:
+            table += (
+                f"\nmIoU without wall, fence and pole  {100 * scores['miou of 13 classes']:.1f}"
+            )
+        write_text(settings.output / "iou.txt", table + "\n")
+        write_text(settings.output / "scores.json", json.dumps(scores, indent=2) + "\n")
+        print(table)
+    print(f"Results: {settings.output}")
+
+
+def main() -> None:
+    """Run from the command line."""
+    settings = parse_settings()
+    try:
+        evaluate(settings)
+    except (DatasetError, ValueError) as error:
+        # From a worker process the message comes behind a traceback.
+        sys.exit("error: " + str(error).rpartition("DatasetError: ")[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The loop of a phase: gradients over parts, the best network, the teacher, and what stops it."""
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loop import Batch, Phase, Term, back_propagate, load_unfinished, train
+from network import Segmenter
+from records import Records
+from settings import Settings
+from streams import RandomStream, numbers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class Points:
+    """Thirteen samples of two numbers."""
+
+    def __len__(self) -> int:
+        """Thirteen."""
+        return 13
+
+    def read(self, index: int, generator: torch.Generator | None = None) -> Tensor:
+        """One of them."""
+        return torch.tensor([1.0, index / 13])
+
+    def path(self, index: int) -> Path:
+        """Its name."""
+        return Path(f"{index:02}.png")
+
+
+class Line(Segmenter):
+    """The smallest network there is."""
+
+    feature_dim = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5, -0.25]))
+
+
+def squared(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
+    """A loss with two terms."""
+    (points,) = batch
+    line = networks["network"]
+    assert isinstance(line, Line)
+    error = points @ line.weight - 2 * points[:, 1]
+    count = torch.tensor(float(len(points)))
+    return {"square": Term(error.square().mean(), count), "size": Term(error.abs().mean(), count)}
+
+
+def settings_of(folder: Path, **changes: Any) -> Settings:  # noqa: ANN401
+    base = Settings(output=folder, device="cpu", workers=0, seed=3)
+    return dataclasses.replace(base, **changes)
+
+
+def phase_of(
+    iterations: int = 25,
+    losses: Callable[[nn.ModuleDict, Batch], Mapping[str, Term]] = squared,
+    score: Callable[[Segmenter], Mapping[str, float]] = lambda network: {"source": 0.0},
+) -> Phase:
+    networks = nn.ModuleDict({"network": Line()})
+    optimizer = torch.optim.SGD(networks.parameters(), 0.05, momentum=0.9)
+    schedule = LambdaLR(optimizer, lambda t: 1 - t / iterations)
+    return Phase(
+        name="stage 1", number=1, iterations=iterations, batch=4, networks=networks, losses=losses,
+        optimizers=[(optimizer, schedule)], streams=[RandomStream(Points(), (3, 1))], score=score,
+    )  # fmt: skip
+
+
+def run(phase: Phase, settings: Settings) -> Tensor:
+    records = Records(settings.output)
+    records.rewind(0)
+    train(phase, settings, records, None)
+    records.close()
+    network = phase.networks["network"]
+    assert isinstance(network, Line)
+    return network.weight.detach().clone()
+
+
+def weights_by_hand(iterations: int) -> Iterator[Tensor]:
+    """The same training in a few lines."""
+    line = Line()
+    optimizer = torch.optim.SGD(line.parameters(), 0.05, momentum=0.9)
+    stream = RandomStream(Points(), (3, 1))
+    for t in range(iterations):
+        points = torch.stack([stream[k] for k in numbers(t, 4)])
+        terms = squared(nn.ModuleDict({"network": line}), [points])
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - t / iterations)
+        optimizer.zero_grad()
+        (terms["square"].loss + terms["size"].loss).backward()
+        optimizer.step()
+        yield line.weight.detach().clone()
+
+
+def test_a_phase_is_plain_training(tmp_path: Path) -> None:
+    *_, expected = weights_by_hand(25)
+    assert torch.equal(run(phase_of(), settings_of(tmp_path)), expected)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [event["iteration"] for event in events] == [1, 11, 21]
+
+
+def test_parts_of_a_batch_give_their_mean() -> None:
+    line = Line()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    points = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+
+    class OfLine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.networks = nn.ModuleDict({"network": line})
+
+        def forward(self, batch: Batch) -> dict[str, Term]:
+            return squared(self.networks, batch)
+
+    values = back_propagate(OfLine(), [points], 2, scaler)
+    assert line.weight.grad is not None
+    gradient = line.weight.grad.clone()
+    line.weight.grad = None
+    halves = [squared(nn.ModuleDict({"network": line}), [half]) for half in points.split(3)]
+    sum(((h["square"].loss + h["size"].loss) / 2 for h in halves), torch.zeros(())).backward()
+    torch.testing.assert_close(gradient, line.weight.grad)
+    expected = (halves[0]["size"].loss + halves[1]["size"].loss) / 2
+    torch.testing.assert_close(values["size"], expected.detach())
+
+
+@pytest.mark.parametrize("bad", [1, 7, 20, 25])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_named_with_its_files(
+    bad: int, value: float, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def losses(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
+        nonlocal calls
+        calls += 1
+        terms = squared(networks, batch)
+        if calls == bad:
+            terms["size"] = Term(terms["size"].loss * value, terms["size"].amount)
+        return terms
+
+    phase = phase_of(losses=losses)
+    with pytest.raises(FloatingPointError) as raised:
+        run(phase, settings_of(tmp_path, checkpoint_every=5))
+    said = str(raised.value)
+    assert said.startswith(f"stage 1, iteration {bad}: the loss term 'size' is {value}.")
+    files = phase.streams[0].files(numbers(bad - 1, 4))
+    assert said.endswith("files of the batch: " + ", ".join(map(str, files)))
+    kept = load_unfinished("stage 1", settings_of(tmp_path, resume=True))
+    assert (0 if kept is None else kept["iteration"]) == (bad - 1) // 5 * 5
+
+
+def test_the_best_network_is_kept(tmp_path: Path) -> None:
+    scores = iter([math.nan, 0.2, 0.5, math.nan, 0.5, 0.1])
+
+    def score(network: Segmenter) -> dict[str, float]:
+        return {"source": next(scores), "target": 0.0}
+
+    weight = run(phase_of(30, score=score), settings_of(tmp_path, evaluate_every=5))
+    steps = list(weights_by_hand(30))
+    assert torch.equal(weight, steps[14])  # of two that are equal the first
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    chosen = [e for e in map(json.loads, lines) if e["kind"] == "selection"]
+    assert [e["iteration"] for e in chosen] == [5, 10, 15, 20, 25, 30]
+    assert chosen[0]["miou"] == {"source": None, "target": 0.0}
+
+
+def test_the_last_network_counts_without_evaluations(tmp_path: Path) -> None:
+    def score(network: Segmenter) -> dict[str, float]:
+        raise AssertionError("nobody asked for a score")
+
+    *_, expected = weights_by_hand(25)
+    assert torch.equal(run(phase_of(score=score), settings_of(tmp_path)), expected)
+
+
+def test_the_teacher_is_an_exponential_average(tmp_path: Path) -> None:
+    weight = run(phase_of(), settings_of(tmp_path, teacher=0.75))
+    first, *rest = weights_by_hand(25)
+    average = first.double()
+    for step in rest:
+        average = 0.75 * average + 0.25 * step.double()
+    torch.testing.assert_close(weight.double(), average, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"teacher": 0.9, "evaluate_every": 4}])
+def test_it_goes_on_where_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
+    def score(network: Segmenter) -> dict[str, float]:
+        assert isinstance(network, Line)
+        return {"source": -abs(float(network.weight.detach()[1]) - 1)}
+
+    settings = settings_of(tmp_path, checkpoint_every=10, resume=True, **changes)
+    whole = run(phase_of(score=score), settings)
+    kept = load_unfinished("stage 1", settings)
+    assert kept is not None
+    assert kept["iteration"] == 20
+    assert load_unfinished("stage 2", settings) is None
+    phase = phase_of(score=score)
+    train(phase, settings, Records(None), copy.deepcopy(kept))
+    assert torch.equal(phase.networks["network"].weight, whole)  # type: ignore[arg-type]
+
+
+def test_half_precision_is_scaled(tmp_path: Path) -> None:
+    *_, expected = weights_by_hand(25)
+    weight = run(phase_of(), settings_of(tmp_path, precision="float16"))
+    torch.testing.assert_close(weight, expected)
