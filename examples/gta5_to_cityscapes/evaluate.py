@@ -72,7 +72,12 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     add("--flip", action="store_true", help="average over the mirrored images too")
     add("--labels", action="store_true", help="write labelIds PNGs, as the test server takes them")
     add("--pictures", type=int, default=0, help="how many images to draw with their predictions")
-    add("--precision", choices=("float32", "bfloat16", "float16"), default="float32", help=" ")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the network",
+    )
     add("--workers", type=int, default=2, help="processes that read images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
     settings = parser.parse_args(arguments, namespace=Settings())

@@ -101,7 +101,7 @@ def open_data(settings: Settings) -> Data:
     some = min(500, max(1, len(source_pairs) // 10))
     source_pairs, held_out = source_pairs[:-some] or source_pairs, source_pairs[-some:]
     source_whole = LabeledImages(source_pairs, whole)
-    weight = class_weight(source_whole, settings) if settings.class_weights else None
+    weight = weigh_classes(source_whole, settings) if settings.class_weights else None
     return Data(
         source=LabeledImages(source_pairs, crops),
         source_whole=source_whole,
@@ -115,7 +115,7 @@ def open_data(settings: Settings) -> Data:
     )
 
 
-def class_weight(source: LabeledImages, settings: Settings) -> Tensor:
+def weigh_classes(source: LabeledImages, settings: Settings) -> Tensor:
     """One over the root of each class's frequency in the source, 1 in the mean over its pixels.
 
     Without it, small and rare classes are not learned in as few iterations as the defaults are.
@@ -212,18 +212,18 @@ def amount(labels: Tensor, weight: Tensor) -> Tensor:
 
 
 def source_losses(
-    networks: nn.ModuleDict, batch: Batch, *, data: Data, settings: Settings
+    networks: nn.ModuleDict, batch: Batch, *, class_weight: Tensor | None, settings: Settings
 ) -> dict[str, Term]:
     """The source alone."""
     images, labels = batch
     network = networks["network"]
     _, logits = segment(network, augment(images, settings), settings)
     logits = enlarge(network, logits, labels.shape[1:])
-    return {"source": source_term(logits, labels, data.class_weight)}
+    return {"source": source_term(logits, labels, class_weight)}
 
 
 def adversarial_losses(
-    networks: nn.ModuleDict, batch: Batch, *, data: Data, settings: Settings
+    networks: nn.ModuleDict, batch: Batch, *, class_weight: Tensor | None, settings: Settings
 ) -> dict[str, Term]:
     """The source, and target predictions that are to look like the source's (AdaptSegNet)."""
     source, labels, target = batch
@@ -235,7 +235,7 @@ def adversarial_losses(
         telling = telling_loss(discriminator, source_logits, target_logits)
     images = logits.new_tensor(len(target), dtype=torch.float32)
     return {
-        "source": source_term(source_logits, labels, data.class_weight),
+        "source": source_term(source_logits, labels, class_weight),
         "adversarial": Term(settings.adversarial_weight * fooling, images),
         "discriminator": Term(telling, images),
     }
@@ -248,14 +248,18 @@ def warm_up(
     count = settings.iterations(settings.warmup_iterations)
     networks = nn.ModuleDict({"network": network})
     optimizers = [make_optimizer(network, settings.warmup_learning_rate, count, settings)]
-    losses: Losses = functools.partial(source_losses, data=data, settings=settings)
+    losses: Losses = functools.partial(
+        source_losses, class_weight=data.class_weight, settings=settings
+    )
     streams: list[RandomStream[Any]] = [RandomStream(data.source, (settings.seed, 0, 0))]
     if settings.warmup == "adversarial":
         discriminator = Discriminator(NUM_CLASSES).to(settings.device)
         networks["discriminator"] = discriminator
         rate = settings.discriminator_learning_rate
         optimizers.append(make_optimizer(discriminator, rate, count, settings))
-        losses = functools.partial(adversarial_losses, data=data, settings=settings)
+        losses = functools.partial(
+            adversarial_losses, class_weight=data.class_weight, settings=settings
+        )
         streams.append(RandomStream(data.target, (settings.seed, 0, 1)))
     phase = Phase(
         name=name,
@@ -358,7 +362,12 @@ def label_target(stage: Stage, images: Tensor, settings: Settings) -> dict[str, 
 
 
 def paper_losses(
-    networks: nn.ModuleDict, batch: Batch, *, stage: Stage, data: Data, settings: Settings
+    networks: nn.ModuleDict,
+    batch: Batch,
+    *,
+    stage: Stage,
+    class_weight: Tensor | None,
+    settings: Settings,
 ) -> dict[str, Term]:
     """Both domains classified, and both pulled to the anchors of their (pseudo-)labels."""
     source, labels, target = batch
@@ -368,7 +377,7 @@ def paper_losses(
     source_features, target_features = features.split(len(source))
     source_logits, target_logits = logits.split(len(source))
     whole_logits = enlarge(network, source_logits, labels.shape[1:])
-    terms = {"source": source_term(whole_logits, labels, data.class_weight)}
+    terms = {"source": source_term(whole_logits, labels, class_weight)}
 
     seen = centroids.isfinite().all(dim=1).float()
     resized = anchorda.resize_labels(labels, features.shape[2:])
@@ -417,7 +426,9 @@ def train_stage(
 ) -> None:
     """Train on the source and on the pseudo-labeled target."""
     count = settings.iterations(settings.stage_iterations)
-    losses: Losses = functools.partial(paper_losses, stage=stage, data=data, settings=settings)
+    losses: Losses = functools.partial(
+        paper_losses, stage=stage, class_weight=data.class_weight, settings=settings
+    )
     if settings.objective == "released":
         losses = functools.partial(released_losses, stage=stage, settings=settings)
     phase = Phase(

@@ -81,11 +81,16 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """Of the first step, with the same four images of each domain however many processes."""
     torch.manual_seed(0)
+    weight = data.class_weight
     networks = nn.ModuleDict({"network": copy.deepcopy(network)})
     losses: dict[str, loop.Losses] = {
-        "source": functools.partial(train.source_losses, data=data, settings=settings),
-        "adversarial": functools.partial(train.adversarial_losses, data=data, settings=settings),
-        "paper": functools.partial(train.paper_losses, stage=stage, data=data, settings=settings),
+        "source": functools.partial(train.source_losses, class_weight=weight, settings=settings),
+        "adversarial": functools.partial(
+            train.adversarial_losses, class_weight=weight, settings=settings
+        ),
+        "paper": functools.partial(
+            train.paper_losses, stage=stage, class_weight=weight, settings=settings
+        ),
     }
     streams: list[RandomStream[Any]] = [RandomStream(data.source, (0, 0))]
     if kind == "adversarial":
