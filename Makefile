@@ -7,11 +7,12 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 EXAMPLE := $(BIN)/python examples/gta5_to_cityscapes/train.py
 SEED ?= 0
 
-.PHONY: help test lint types unit dist demo clean
+.PHONY: help test lint types unit dist demo bench clean
 
 help:
 	@echo "make test   everything CI runs: lint, types, unit tests and doctests, distribution"
 	@echo "make demo   adapt a network on a small synthetic pair of data sets; SEED=0"
+	@echo "make bench  what the operators cost, as multiples of the memory traffic they need"
 	@echo "make clean  remove what the other targets made, but for runs/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -42,6 +43,9 @@ dist: $(VENV)/installed
 demo: $(VENV)/installed
 	rm -rf "runs/demo-seed$(SEED)"
 	$(EXAMPLE) --output "runs/demo-seed$(SEED)" --seed "$(SEED)" --baseline
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/operators.py --output runs/bench
 
 clean:
 	rm -rf $(VENV) dist build
