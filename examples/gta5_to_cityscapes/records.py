@@ -35,7 +35,7 @@ class Records:
         self.close()
         path = self._folder / "metrics.jsonl"
         with path.open("ab") as file:
-            file.truncate(size)
+            file.truncate(min(size, file.tell()))  # never longer than it is
         shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
         self._board = SummaryWriter(str(self._folder / "tensorboard"))
         self._evaluations = 0

@@ -82,7 +82,7 @@ class Settings:
     warmup_checkpoint: Annotated[Path | None, "start from this warm-up, not from training one"] = (
         None
     )
-    warmup_iterations: Annotated[int, "of the warm-up, and the baseline", AT_LEAST_1] = 900
+    warmup_iterations: Annotated[int, "of the warm-up, and the baseline", AT_LEAST_0] = 900
     warmup_batch: Annotated[int, "images of each domain that a warm-up step sees", AT_LEAST_1] = 4
     warmup_learning_rate: Annotated[float, "at the start of the warm-up", AT_LEAST_0] = 0.003
     adversarial_weight: Annotated[float, "of the term that fools the discriminator", AT_LEAST_0] = (

@@ -192,7 +192,7 @@ def make_optimizer(
 
     def factor(iteration: int) -> float:
         rise = min(1.0, (iteration + 1) / max(1.0, settings.rise * iterations))
-        return rise * math.pow(1 - iteration / iterations, 0.9)
+        return rise * math.pow(1 - iteration / max(1, iterations), 0.9)
 
     return optimizer, LambdaLR(optimizer, factor)
 

@@ -120,6 +120,18 @@ def test_compiled_networks_trace_and_run(
         torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-5)
 
 
+def test_stages_start_from_given_weights_without_a_warm_up(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    weights = DeepLab(NUM_CLASSES, depth=18).state_dict()
+    torch.save({"DeepLab": {"model_state": weights}, "iter": 7}, tmp_path / "released.pkl")
+    flags = ("--network", "deeplab18", "--weights", str(tmp_path / "released.pkl"))
+    tiny_run(pair, tmp_path / "run", *flags, "--warmup-iterations", "0")
+    parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "warm-up.pt")
+    assert all(torch.equal(parts["network"][name], value) for name, value in weights.items())
+
+
 def test_frozen_batch_norm_stays_as_it_was(pair: tuple[Path, Path], tmp_path: Path) -> None:
     flags = ("--batch-norm", "freeze", "--network", "deeplab18")
     settings = tiny_run(pair, tmp_path / "run", *flags)

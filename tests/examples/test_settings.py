@@ -85,7 +85,7 @@ def test_a_wrong_preset_is_named(
     [
         (["--preset", "gta"], "there is no preset 'gta': expected gta5, synthia, or a TOML file"),
         (["--source", "x"], "--source and --target belong together: give both, or neither"),
-        (["--warmup-iterations", "0"], "--warmup-iterations: expected a number of at least 1"),
+        (["--stage-iterations", "0"], "--stage-iterations: expected a number of at least 1"),
         (["--stages", "-1"], "--stages: expected a number of at least 0, got -1"),
         (["--seed", "-1"], "--seed: expected a number of at least 0, got -1"),
         (["--probability", "95"], "--probability: expected a number in [0, 1], got 95.0"),
