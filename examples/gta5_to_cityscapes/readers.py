@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from classes import synthia_train_ids, train_ids
 from numpy.typing import NDArray
+from parallel import is_main
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -79,7 +80,7 @@ def cityscapes_images(root: Path, split: Literal["train", "val", "test"]) -> lis
         DatasetError: If the folder or its images are missing, or a file is not an image.
     """
     images = _list_pngs(root / "leftImg8bit" / split, "*/*_leftImg8bit.png")
-    for image in tqdm(images, desc="checking", leave=False):
+    for image in tqdm(images, desc="checking", leave=False, disable=not is_main()):
         _read_header(image)
     return images
 
@@ -147,7 +148,7 @@ def _check_pairs(pairs: Sequence[Pair], label_format: _LabelFormat) -> None:
             f"{missing[0].image} has no label {missing[0].label} ({len(missing)} of {len(pairs)} "
             "images lack theirs). Unpack the missing labels or remove these images."
         )
-    for image, label in tqdm(pairs, desc="checking", leave=False):
+    for image, label in tqdm(pairs, desc="checking", leave=False, disable=not is_main()):
         _, image_size = _read_header(image)
         mode, label_size = _read_header(label)
         if mode not in label_format.modes:
