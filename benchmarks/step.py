@@ -1,4 +1,4 @@
-"""One step of a stage of the example: its seconds, the share of anchorda's blocks, peak memory.
+"""One step of a stage of the example: operations, seconds, the blocks' share, peak memory.
 
     python benchmarks/step.py                                        # the small network
     python benchmarks/step.py --preset gta5                          # the paper's, best on a GPU
@@ -28,6 +28,7 @@ from network import Segmenter
 from seeds import markdown
 from settings import Settings, parse_settings
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import anchorda
 
@@ -104,6 +105,9 @@ def main() -> None:
         optimizer.zero_grad()
         scaler.update()
 
+    with FlopCounterMode(display=False) as counter:
+        step()
+    operations = counter.get_total_flops() / 1e12
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     whole = seconds(step, device)
@@ -118,11 +122,15 @@ def main() -> None:
     total, share = statistics.median(whole), statistics.median(alone)
     print(
         markdown(
-            ["network", "crops", "precision", "device", "s a step", "blocks, s", "share", "GB"],
+            [
+                *("network", "crops", "precision", "device", "10¹² operations"),
+                *("s a step", "blocks, s", "share", "GB"),
+            ],
             [
                 [
                     *(settings.network, f"{count} + {count} of {width}×{height}"),
-                    *(settings.precision, device.type, f"{total:.3f}", f"{share:.4f}"),
+                    *(settings.precision, device.type, f"{operations:.3g}"),
+                    *(f"{total:.3f}", f"{share:.4f}"),
                     *(f"{100 * share / total:.1f} %", f"{memory:.1f}"),
                 ]
             ],

@@ -79,10 +79,11 @@ def load_encoder(network: SegFormer, source: str) -> None:
         source: a folder of `save_pretrained`, or a name on the hub such as "nvidia/mit-b5".
 
     Raises:
-        ValueError: if there is no such folder or name, or its weights differ in names or shapes,
-            which are listed; the network is as it was.
+        ValueError: if there is no such folder or name, or it is of another size, or its weights
+            differ in names or shapes, which are listed; the network is as it was.
     """
-    _load(network.encoder, SegformerModel, source, allowed=_OF_CLASSIFIER)
+    size = _size_of(network.encoder.config)
+    _load(network.encoder, SegformerModel, source, size, allowed=_OF_CLASSIFIER)
 
 
 def load_segformer(network: SegFormer, source: str) -> None:
@@ -95,50 +96,36 @@ def load_segformer(network: SegFormer, source: str) -> None:
     whole.decode_head = network.decoder
     own = network.decoder.classifier
     network.decoder.classifier = network.classifier
+    size = _size_of(network.encoder.config)
     try:
-        _load(whole, SegformerForSemanticSegmentation, source, allowed=set())
+        _load(whole, SegformerForSemanticSegmentation, source, size, allowed=set())
     finally:
         network.decoder.classifier = own
 
 
-def _load(
-    module: nn.Module,
-    kind: type[SegformerModel] | type[SegformerForSemanticSegmentation],
-    source: str,
-    allowed: set[str],
-) -> None:
-    own = module.state_dict()
-    try:
-        config = SegformerConfig.from_pretrained(source)
-        if kind is SegformerForSemanticSegmentation:
-            config.num_labels = len(own["decode_head.classifier.weight"])
-        loaded, report = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed below, with the rest
-        )
-    except Exception as error:  # the hub and damaged files have many ways to fail
+_Kind = type[SegformerModel] | type[SegformerForSemanticSegmentation]
+
+
+def _load(module: nn.Module, kind: _Kind, source: str, size: str, allowed: set[str]) -> None:
+    loaded, report = _read(kind, source)
+    if _size_of(loaded.config) != size:
         raise ValueError(
-            f"Expected {source!r} to be a folder that save_pretrained has written, or the name of "
-            f"a SegFormer on the hub, but it cannot be loaded: {error}"
-        ) from error
-    state = loaded.state_dict()
-    shapes = {
-        name: (tuple(value.shape), tuple(own[name].shape))
-        for name, value in state.items()
-        if name in own
-    }
+            f"Expected {source!r} to hold a SegFormer of {size}, as the network is, but its "
+            f"configuration is of {_size_of(loaded.config)}. Choose the network of that size, or "
+            "weights of this one."
+        )
+    own, state = module.state_dict(), loaded.state_dict()
+    # What the file lacks has been drawn at random: its shape says nothing.
+    missing = {*report["missing_keys"], *(own.keys() - state.keys())}
     differences = {
-        "missing": {*report["missing_keys"], *(own.keys() - state.keys())},
+        "missing": missing,
         "unexpected": {*report["unexpected_keys"], *(state.keys() - own.keys())} - allowed,
         "of another shape": {
             *(str(entry[0]) for entry in report["mismatched_keys"]),
             *(
-                f"{n} {there} instead of {here}"
-                for n, (there, here) in shapes.items()
-                if there != here
+                f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+                for name, value in state.items()
+                if name in own and name not in missing and value.shape != own[name].shape
             ),
         },
     }
@@ -147,3 +134,30 @@ def _load(
         message = f"Expected {source!r} to hold the weights of this network, but they differ."
         raise ValueError("\n".join([message, *lines]))
     module.load_state_dict(state)
+
+
+def _read(
+    kind: _Kind, source: str
+) -> tuple[SegformerModel | SegformerForSemanticSegmentation, dict[str, set[str]]]:
+    """The network at a source, and how its file differs from what its configuration says."""
+    try:
+        loaded, report = kind.from_pretrained(
+            source,
+            dtype=torch.float32,
+            weights_only=True,  # of a pickled file: nothing in it is run
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed, with the rest
+        )
+    except Exception as error:  # the hub and damaged files have many ways to fail
+        raise ValueError(
+            f"Expected {source!r} to be a folder that save_pretrained has written, or the name of "
+            f"a SegFormer on the hub, but it cannot be loaded: {error}"
+        ) from error
+    return loaded, report
+
+
+def _size_of(config: SegformerConfig) -> str:
+    for name, size in _SIZES.items():
+        if (tuple(config.depths), tuple(config.hidden_sizes)) == (size.depths, size.widths):
+            return f"size {name}"
+    return f"depths {config.depths} and widths {config.hidden_sizes}"
