@@ -218,9 +218,8 @@ def save_label_ids(folder: Path, image: Path, prediction: Tensor) -> None:
     write_atomically(folder / name, lambda temporary: picture.save(temporary, format="png"))
 
 
-def evaluate(settings: Settings) -> None:
+def evaluate(trained: Trained, settings: Settings) -> None:
     """Predict every image of the split, and write what was asked for."""
-    trained = load_trained(settings.checkpoint, settings.device)
     labeled = settings.split == "val"
     if labeled:
         pairs = cityscapes_pairs(settings.target, "val")
@@ -272,8 +271,12 @@ def main() -> None:
     """Run from the command line."""
     settings = parse_settings()
     try:
-        evaluate(settings)
-    except (DatasetError, ValueError) as error:
+        trained = load_trained(settings.checkpoint, settings.device)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    try:
+        evaluate(trained, settings)
+    except DatasetError as error:
         # From a worker process the message comes behind a traceback.
         sys.exit("error: " + str(error).rpartition("DatasetError: ")[2])
 

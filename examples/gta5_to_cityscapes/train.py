@@ -678,7 +678,7 @@ def main() -> None:
         settings.save(settings.output / "settings.toml")
     try:
         folder = adapt(settings)
-    except (DatasetError, FloatingPointError, ValueError) as error:
+    except (DatasetError, FloatingPointError) as error:
         # From a worker process the message comes behind a traceback.
         sys.exit("error: " + str(error).rpartition("DatasetError: ")[2])
     if parallel.is_main():

@@ -46,7 +46,8 @@ def run(target: Path, folder: Path, *flags: str, source_format: str = "gta5") ->
         *("--checkpoint", str(file), "--target", str(target), "--output", str(folder / "out")),
         *("--workers", "0", "--device", "cpu", *flags),
     ]
-    evaluate.evaluate(evaluate.parse_settings(arguments))
+    settings = evaluate.parse_settings(arguments)
+    evaluate.evaluate(evaluate.load_trained(settings.checkpoint, settings.device), settings)
     return folder / "out"
 
 
