@@ -28,6 +28,7 @@ def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Operators that walk in blocks of this many elements: pixel by pixel to all at once."""
     elements: int = request.param
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS_CPU", elements)
+    monkeypatch.setattr(reference, "_PART_CHANNELS", min(elements, 128))
     return elements
 
 

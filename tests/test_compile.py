@@ -176,7 +176,18 @@ OPERATORS: list[tuple[str, Callable[[list[Tensor]], tuple[Any, ...]]]] = [
     ("pixel_losses", lambda p: (p[0], p[1].clamp(-1, 3), p[3], "euclidean")),
     (
         "pixel_losses_backward",
-        lambda p: (torch.randn(2, 5, 4), p[0].detach(), p[1].clamp(-1, 3), p[3], "smooth_l1"),
+        lambda p: (
+            *(torch.randn(2, 5, 4), torch.rand(2, 5, 4)),
+            *(p[0].detach(), p[1].clamp(-1, 3), p[3], "smooth_l1"),
+        ),
+    ),
+    ("contrastive_losses", lambda p: (p[0], p[1].clamp(-1, 3), p[3], 2.0)),
+    (
+        "contrastive_losses_backward",
+        lambda p: (
+            *(torch.randn(2, 5, 4), p[2].detach().abs().float()),
+            *(p[0].detach(), p[1].clamp(-1, 3), p[3], 2.0),
+        ),
     ),
 ]
 

@@ -168,9 +168,9 @@ def anchor_contrastive_loss(
     """
     _check_temperature(temperature)
     targets = _active_labels(features, labels, anchors)
-    distances: Tensor = _ops.anchor_distances(features, anchors.detach())
-    summed = _cross_entropy_sum(-distances / temperature, targets)
-    return summed / (targets >= 0).sum().clamp(min=1)
+    losses: Tensor
+    losses, _ = _ops.contrastive_losses(features, targets, anchors.detach(), float(temperature))
+    return losses.sum() / (targets >= 0).sum().clamp(min=1)
 
 
 @final
@@ -326,7 +326,7 @@ def _pixel_weights(
 
 
 def _cross_entropy_sum(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
+    logits: Tensor, targets: Tensor, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
     """Cross-entropy summed over the pixels whose target is not −1."""
     # The softmax of an ignored pixel enters the gradient as 0·softmax: NaN where that is NaN.

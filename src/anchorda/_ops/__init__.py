@@ -127,15 +127,25 @@ def _(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tenso
 
 @torch.library.custom_op("anchorda::pixel_losses_backward", mutates_args=())
 def pixel_losses_backward(
-    grad_losses: Tensor, features: Tensor, labels: Tensor, anchors: Tensor, distance: str
+    grad_losses: Tensor,
+    losses: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    distance: str,
 ) -> Tensor:
     """See `reference.pixel_losses_backward`."""
-    return reference.pixel_losses_backward(grad_losses, features, labels, anchors, distance)
+    return reference.pixel_losses_backward(grad_losses, losses, features, labels, anchors, distance)
 
 
 @pixel_losses_backward.register_fake
 def _(
-    grad_losses: Tensor, features: Tensor, labels: Tensor, anchors: Tensor, distance: str
+    grad_losses: Tensor,
+    losses: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    distance: str,
 ) -> Tensor:
     return torch.empty_like(features)
 
@@ -144,7 +154,7 @@ def _pixel_losses_setup(
     ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor
 ) -> None:
     features, labels, anchors, ctx.distance = inputs
-    ctx.save_for_backward(features, labels, anchors)
+    ctx.save_for_backward(output, features, labels, anchors)
 
 
 def _pixel_losses_grad(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
@@ -153,3 +163,68 @@ def _pixel_losses_grad(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, Non
 
 
 pixel_losses.register_autograd(_pixel_losses_grad, setup_context=_pixel_losses_setup)
+
+
+@torch.library.custom_op("anchorda::contrastive_losses", mutates_args=())
+def contrastive_losses(
+    features: Tensor, labels: Tensor, anchors: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """See `reference.contrastive_losses`; differentiable in the features."""
+    return reference.contrastive_losses(features, labels, anchors, temperature)
+
+
+@contrastive_losses.register_fake
+def _(
+    features: Tensor, labels: Tensor, anchors: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.result_dtype(features)
+    n, _, *spatial = features.shape
+    distances = features.new_empty(n, anchors.shape[0], *spatial, dtype=dtype)
+    return features.new_empty(n, *spatial, dtype=dtype), distances
+
+
+@torch.library.custom_op("anchorda::contrastive_losses_backward", mutates_args=())
+def contrastive_losses_backward(
+    grad_losses: Tensor,
+    distances: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    temperature: float,
+) -> Tensor:
+    """See `reference.contrastive_losses_backward`."""
+    return reference.contrastive_losses_backward(
+        grad_losses, distances, features, labels, anchors, temperature
+    )
+
+
+@contrastive_losses_backward.register_fake
+def _(
+    grad_losses: Tensor,
+    distances: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    temperature: float,
+) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _contrastive_losses_setup(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]
+) -> None:
+    features, labels, anchors, ctx.temperature = inputs
+    ctx.save_for_backward(output[1], features, labels, anchors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _contrastive_losses_grad(
+    ctx: Any, grad_losses: Tensor, _: Tensor | None
+) -> tuple[Tensor, None, None, None]:
+    grad = contrastive_losses_backward(grad_losses, *ctx.saved_tensors, ctx.temperature)
+    return grad, None, None, None
+
+
+contrastive_losses.register_autograd(
+    _contrastive_losses_grad, setup_context=_contrastive_losses_setup
+)
