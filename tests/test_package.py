@@ -21,7 +21,7 @@ FLOORS = [
     {"_checks", "_ops.kernels", "_ops.reference"},
     {"_ops"},
     {"_state"},
-    {"anchors", "pseudo_labels", "losses"},
+    {"anchors", "pseudo_labels", "losses", "taps"},
     {"evaluation", "calibration", "distributed", "stages", "released"},
     {""},
 ]

@@ -35,6 +35,7 @@ from .pseudo_labels import (
     combine_pseudo_labels,
 )
 from .stages import StageLabeler, StageLabels
+from .taps import FeatureTap
 
 __version__ = "0.1.0.dev0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "ClassSums",
     "ConfusionMatrix",
     "DiscriminativeLoss",
+    "FeatureTap",
     "PrecisionCoverage",
     "ProbabilityPseudoLabeler",
     "PseudoLabelQuality",

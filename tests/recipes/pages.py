@@ -1,0 +1,20 @@
+"""The recipes' pages: their Python runs with the names of a stand-in, block by block."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.readme_blocks import python_blocks
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+
+
+def run_block(page: str, number: int, names: dict[str, Any]) -> None:
+    """Run one Python block of a page; what it reads and what it defines is in ``names``."""
+    path = RECIPES / page
+    exec(compile(python_blocks(path)[number], str(path), "exec"), names)
+
+
+def code_lines(block: str) -> int:
+    """Lines of a block that are neither blank nor a comment."""
+    lines = [line.strip() for line in block.splitlines()]
+    return sum(1 for line in lines if line and not line.startswith("#"))
