@@ -29,8 +29,8 @@ from readers import (
     cityscapes_pairs,
     read_labels,
 )
-from records import load_checkpoint, write_atomically, write_text
-from report import iou_table, save_rows
+from records import load_finished, write_atomically, write_text
+from report import iou_table, mean_iou, save_rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -109,11 +109,7 @@ def load_trained(path: Path, device: str) -> Trained:
     Raises:
         ValueError: if the file is none of `train.py`'s, or its weights do not fit its network.
     """
-    parts = load_checkpoint(path)
-    missing = [name for name in ("settings", "network") if name not in parts]
-    if missing:
-        mend = " Take one of a finished phase, such as stage-3.pt." if "networks" in parts else ""
-        raise ValueError(f"{path} is not a checkpoint of a phase: it lacks {missing}.{mend}")
+    parts = load_finished(path)
     settings = parts["settings"]
     network = build_network(settings["network"])
     try:
@@ -202,7 +198,7 @@ def scores_of(
     }
     scores = {"miou": confusion.mean_iou().item(), "accuracy": confusion.accuracy().item()}
     if is_16:
-        scores["miou of 13 classes"] = iou[list(SYNTHIA_13)].nanmean().item()
+        scores["miou of 13 classes"] = mean_iou(confusion, SYNTHIA_13)
     how = {name: str(v) if isinstance(v, Path) else v for name, v in vars(settings).items()}
     return {**scores, "iou": named, "settings": how}
 
@@ -253,14 +249,9 @@ def evaluate(trained: Trained, settings: Settings) -> None:
         titles = ("image", "truth", "prediction") if labeled else ("image", "prediction")
         save_rows(settings.output / "pictures.png", titles, rows)
     if labeled:
-        is_16 = trained.evaluated == SYNTHIA_16
-        scores = scores_of(confusion, settings, is_16)
-        table = iou_table({"IoU": confusion.iou()}, {"IoU": confusion.mean_iou().item()})
+        scores = scores_of(confusion, settings, trained.evaluated == SYNTHIA_16)
+        table = iou_table({"IoU": confusion}, trained.evaluated)
         table += f"\naccuracy  {100 * scores['accuracy']:.1f}"
-        if is_16:
-            table += (
-                f"\nmIoU without wall, fence and pole  {100 * scores['miou of 13 classes']:.1f}"
-            )
         write_text(settings.output / "iou.txt", table + "\n")
         write_text(settings.output / "scores.json", json.dumps(scores, indent=2) + "\n")
         print(table)

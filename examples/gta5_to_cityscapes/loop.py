@@ -84,13 +84,8 @@ def train(
 
     Raises:
         FloatingPointError: if a loss is not finite any more; it names iteration, term and files.
-        ValueError: if the batch cannot be split over the processes.
+            Or if a weight of the result is not.
     """
-    if phase.batch % (parallel.size() * settings.accumulate):
-        raise ValueError(
-            f"{phase.name}: a batch of {phase.batch} cannot be split over {parallel.size()} "
-            f"processes, in {settings.accumulate} equal parts each: change one of the three"
-        )
     network = phase.networks["network"]
     assert isinstance(network, Segmenter)
     state = _State(phase, settings)
@@ -121,12 +116,19 @@ def train(
             _choose(state, records)
             objective.train()
         if iteration % settings.checkpoint_every == 0 and not is_last:
-            watch.read()  # a network that is not finite never takes the place of one that is
-            state.save(records)
+            watch.read()
+            # A network that is not finite never takes the place of one that is. If it became so in
+            # this very step, the next loss will tell.
+            if _is_finite(phase.networks):
+                state.save(records)
     watch.read()
     result = state.result()
     if result is not network:
         network.load_state_dict(result if isinstance(result, dict) else result.state_dict())
+    if not _is_finite(network):
+        raise FloatingPointError(
+            f"{phase.name}: the weights it ends with are not finite. Lower the learning rate"
+        )
     parallel.share_buffers(network)
 
 
@@ -179,6 +181,11 @@ def load_unfinished(phase: str, settings: Settings) -> dict[str, Any] | None:
         return None
     parts = load_checkpoint(path)
     return parts if parts["phase"] == phase else None
+
+
+def _is_finite(module: nn.Module) -> bool:
+    """Whether all weights are; processes agree on it, as their weights are the same."""
+    return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())
 
 
 class _State:

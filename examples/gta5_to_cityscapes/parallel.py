@@ -20,6 +20,11 @@ def start(device: str) -> torch.device:
     return chosen
 
 
+def started() -> int:
+    """How many processes `torchrun` has started, also before they have joined."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
 def stop() -> None:
     """Leave the other processes."""
     if dist.is_initialized():

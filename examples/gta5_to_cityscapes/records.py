@@ -148,6 +148,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return parts
 
 
+def load_finished(path: Path) -> dict[str, Any]:
+    """Load the checkpoint of a finished phase.
+
+    Raises:
+        ValueError: if the file is damaged, or holds a phase in progress, or something else.
+    """
+    parts = load_checkpoint(path)
+    missing = [name for name in ("settings", "network") if name not in parts]
+    if missing:
+        mend = " Take one of a finished phase, such as stage-3.pt." if "networks" in parts else ""
+        raise ValueError(f"{path} is not a checkpoint of a phase: it lacks {missing}.{mend}")
+    return parts
+
+
 def _by_class(values: Tensor) -> dict[str, float | None]:
     return dict(zip(CLASS_NAMES, map(_or_none, values.tolist()), strict=True))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE
+from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE, SYNTHIA_13, SYNTHIA_16
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -21,37 +21,50 @@ from numpy.typing import NDArray
 from records import write_atomically
 from torch import Tensor
 
-from anchorda import ScoreCalibrator, anchor_distances
+from anchorda import ConfusionMatrix, ScoreCalibrator, anchor_distances
 
 _DPI = 150
 _FAINT = "0.75"  # the gray of grid lines
 
 
-def iou_table(results: Mapping[str, Tensor], mean: Mapping[str, float]) -> str:
-    """Lay out the IoU in percent: a row per class that occurs, a column per phase.
+def mean_iou(confusion: ConfusionMatrix, classes: Sequence[int]) -> float:
+    """Mean IoU over those of some classes that occur in the truth; NaN if none does."""
+    occurs = confusion.counts.sum(dim=1) > 0
+    iou = torch.where(occurs, confusion.iou(), torch.nan)
+    return iou[list(classes)].nanmean().item()
+
+
+def iou_table(scores: Mapping[str, ConfusionMatrix], evaluated: Sequence[int]) -> str:
+    """Lay out the IoU in percent: a row per class that occurs, a column per phase, then the means.
 
     Args:
-        results: The IoU (19,) of each phase, NaN for a class that does not occur.
-        mean: The mean IoU of each phase.
+        scores: The confusion of each phase.
+        evaluated: The classes whose mean is meant; of SYNTHIA's 16 that of 13 is given, too.
     """
-    by_class = zip(*(iou.tolist() for iou in results.values()), strict=True)
+    means = {"mIoU": evaluated}
+    if tuple(evaluated) == SYNTHIA_16:
+        means = {"mIoU of 16": SYNTHIA_16, "mIoU of 13": SYNTHIA_13}
+    by_class = zip(*(confusion.iou().tolist() for confusion in scores.values()), strict=True)
     rows = [
         (name, values)
         for name, values in zip(CLASS_NAMES, by_class, strict=True)
         if not all(map(math.isnan, values))
     ]
-    first = max(len(name) for name in ("class", *(name for name, _ in rows)))
-    widths = [max(len(phase), len("100.0")) for phase in results]
+    first = max(len(name) for name in ("class", *means, *(name for name, _ in rows)))
+    widths = [max(len(phase), len("100.0")) for phase in scores]
 
     def line(name: str, cells: Iterable[str]) -> str:
         aligned = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         return "  ".join((name.ljust(first), *aligned))
 
-    head = line("class", results)
+    head = line("class", scores)
     rule = "-" * len(head)
     body = [line(name, map(_percent, values)) for name, values in rows]
-    last = line("mIoU", (_percent(mean[phase]) for phase in results))
-    return "\n".join((head, rule, *body, rule, last))
+    last = [
+        line(name, (_percent(mean_iou(confusion, classes)) for confusion in scores.values()))
+        for name, classes in means.items()
+    ]
+    return "\n".join((head, rule, *body, rule, *last))
 
 
 def _percent(value: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import parallel
 import torch
 from build import NETWORKS
 from records import write_text
@@ -114,8 +115,8 @@ class Settings:
     distance_weight: Annotated[float, "weight of the distance loss", AT_LEAST_0] = 0.02
     teacher: Annotated[
         float,
-        "decay of a moving average of the weights, which then is what a stage ends with and "
-        "what labels the next; 0: none",
+        "decay of a moving average of the weights, which then is what a phase ends with and "
+        "what labels for the next; 0: none",
         FRACTION,
     ] = 0.0
 
@@ -146,7 +147,7 @@ class Settings:
     # Machine.
     seed: Annotated[int, "of all randomness", AT_LEAST_0] = 0
     workers: Annotated[
-        int, "processes that read images, for each process that trains", AT_LEAST_0
+        int, "processes that read images of each domain, for each that trains", AT_LEAST_0
     ] = 2
     threads: Annotated[int, "of torch on the CPU; 0 leaves it to torch", AT_LEAST_0] = 0
     device: Annotated[str, "of torch; none: a GPU if there is one"] = ""
@@ -315,11 +316,13 @@ def _checked(values: Mapping[str, object]) -> Settings:
 def _check_pairs(settings: Settings) -> None:
     if (settings.source is None) != (settings.target is None):
         raise ValueError("--source and --target belong together: give both, or neither")
+    processes = parallel.started()
     for name in ("warmup_batch", "stage_batch"):
-        if getattr(settings, name) % settings.accumulate:
+        if getattr(settings, name) % (processes * settings.accumulate):
+            each = f" for each of {processes} processes" if processes > 1 else ""
             raise ValueError(
                 f"--{_flag(name)} {getattr(settings, name)} cannot be split into --accumulate "
-                f"{settings.accumulate} equal parts"
+                f"{settings.accumulate} equal parts{each}"
             )
     if settings.network == "small" and (settings.backbone or settings.weights):
         raise ValueError("--backbone and --weights are of other networks: choose a --network")

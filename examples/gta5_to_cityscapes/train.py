@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from adversarial import Discriminator, fooling_loss, telling_loss
 from augment import photometric
 from build import build_network, load_weights
-from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, SYNTHIA_13, SYNTHIA_16
+from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, SYNTHIA_16
 from deeplab import freeze_batch_norm
 from loop import Batch, Losses, Phase, Term, load_unfinished, loading_of, train
 from network import Segmenter
@@ -37,7 +37,7 @@ from readers import (
     gta5_pairs,
     synthia_pairs,
 )
-from records import Records, load_checkpoint, save_checkpoint, write_text
+from records import Records, load_checkpoint, load_finished, save_checkpoint, write_text
 from report import (
     Panel,
     iou_table,
@@ -555,10 +555,7 @@ class Run:
             "metrics_size": self.records.size(),
         }
         save_checkpoint(self.path(phase), parts)
-        print(f"\n{score_table(self.scores)}\n", flush=True)
-        if self.settings.source_format == "synthia":
-            mean = scores.iou()[list(SYNTHIA_13)].nanmean().item()
-            print(f"mIoU without wall, fence and pole: {100 * mean:.1f}\n", flush=True)
+        print(f"\n{iou_table(self.scores, data.evaluated)}\n", flush=True)
 
 
 def adapt(settings: Settings) -> Path:
@@ -578,7 +575,7 @@ def adapt(settings: Settings) -> Path:
         if settings.warmup_checkpoint is None:
             warm_up("warm-up", network, data, settings, run.records)
         else:
-            network.load_state_dict(load_checkpoint(settings.warmup_checkpoint)["network"])
+            network.load_state_dict(load_finished(settings.warmup_checkpoint)["network"])
         run.finish("warm-up", network, data)
     warm = copy.deepcopy(network).eval()
 
@@ -609,19 +606,11 @@ def adapt(settings: Settings) -> Path:
     }
     if parallel.is_main():
         folder.mkdir(exist_ok=True)
-        write_text(folder / "iou.txt", score_table(run.scores) + "\n")
+        write_text(folder / "iou.txt", iou_table(run.scores, data.evaluated) + "\n")
         write_text(folder / "anchors.txt", "\n".join(health))
         save_margin_curves(folder / "margins.png", margins, stage.labeler.by_anchor.min_margin)
         draw_report(folder, warm, network.eval(), stage, data, settings)
     return folder
-
-
-def score_table(scores: Mapping[str, anchorda.ConfusionMatrix]) -> str:
-    """Per-class IoU of all phases so far."""
-    return iou_table(
-        {phase: confusion.iou() for phase, confusion in scores.items()},
-        {phase: confusion.mean_iou().item() for phase, confusion in scores.items()},
-    )
 
 
 def anchor_table(stage: Stage, previous: Stage | None) -> str:

@@ -134,14 +134,14 @@ def test_unknown_depth() -> None:
         DeepLab(5, 34)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, 50, 101])
 def test_backbone_is_that_of_transformers(depth: int, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     basic = depth == 18
     widths = [64, 128, 256, 512] if basic else [256, 512, 1024, 2048]
     config = transformers.ResNetConfig(
         hidden_sizes=widths,
-        depths=[2, 2, 2, 2] if basic else [3, 4, 6, 3],
+        depths={18: [2, 2, 2, 2], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}[depth],
         layer_type="basic" if basic else "bottleneck",
     )
     theirs = transformers.ResNetModel(config).eval()

@@ -156,6 +156,35 @@ def test_a_loss_that_is_not_finite_is_named_with_its_files(
     assert (0 if kept is None else kept["iteration"]) == (bad - 1) // 5 * 5
 
 
+def weight_is_lost_at(iteration: int) -> Callable[[nn.ModuleDict, Batch], Mapping[str, Term]]:
+    """Losses that are finite when the gradient of one is not."""
+    calls = 0
+
+    def losses(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
+        nonlocal calls
+        calls += 1
+        terms = squared(networks, batch)
+        if calls == iteration:
+            line = networks["network"]
+            assert isinstance(line, Line)
+            zero = (line.weight - line.weight.detach()).sum().sqrt()  # whose slope is infinite
+            terms["size"] = Term(terms["size"].loss + zero, terms["size"].amount)
+        return terms
+
+    return losses
+
+
+def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, checkpoint_every=5, resume=True)
+    with pytest.raises(FloatingPointError, match=r"iteration 11: the loss term 'square' is inf"):
+        run(phase_of(losses=weight_is_lost_at(10)), settings)
+    kept = load_unfinished("stage 1", settings)
+    assert kept is not None
+    assert kept["iteration"] == 5
+    with pytest.raises(FloatingPointError, match="stage 1: the weights it ends with are not fin"):
+        run(phase_of(losses=weight_is_lost_at(25)), settings)
+
+
 def test_the_best_network_is_kept(tmp_path: Path) -> None:
     scores = iter([math.nan, 0.2, 0.5, math.nan, 0.5, 0.1])
 
@@ -188,7 +217,9 @@ def test_the_teacher_is_an_exponential_average(tmp_path: Path) -> None:
     torch.testing.assert_close(weight.double(), average, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("changes", [{}, {"teacher": 0.9, "evaluate_every": 4}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"teacher": 0.9, "evaluate_every": 4}, {"precision": "float16"}]
+)
 def test_it_goes_on_where_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
     def score(network: Segmenter) -> dict[str, float]:
         assert isinstance(network, Line)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import loop
-import parallel
 import pytest
 import torch
 import torch.distributed as dist
 import train
 from adversarial import Discriminator
 from classes import NUM_CLASSES
-from records import Records, load_checkpoint
+from records import load_checkpoint
 from settings import Settings, parse_settings
 from streams import Loading, RandomStream
 from synthetic import write_synthetic_pair
@@ -33,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 TRAIN = Path(train.__file__)
 SECONDS = 120  # a hang is a failure
-KINDS = ("source", "adversarial", "paper")
+KINDS = ("source", "adversarial", "paper", "paper in parts")
 
 Report = dict[str, Any]
 
@@ -88,10 +87,10 @@ def gradients(
         "adversarial": functools.partial(
             train.adversarial_losses, class_weight=weight, settings=settings
         ),
-        "paper": functools.partial(
-            train.paper_losses, stage=stage, class_weight=weight, settings=settings
-        ),
     }
+    losses["paper"] = losses["paper in parts"] = functools.partial(
+        train.paper_losses, stage=stage, class_weight=weight, settings=settings
+    )
     streams: list[RandomStream[Any]] = [RandomStream(data.source, (0, 0))]
     if kind == "adversarial":
         networks["discriminator"] = Discriminator(NUM_CLASSES)
@@ -102,7 +101,8 @@ def gradients(
     loaders = [stream.batches(0, 1, 4, Loading(0, False)) for stream in streams]
     (samples,) = zip(*loaders, strict=True)
     batch = list(loop._flat(samples))
-    values = loop.back_propagate(whole, batch, 1, torch.amp.GradScaler("cpu", enabled=False))
+    parts = 2 if kind == "paper in parts" else 1
+    values = loop.back_propagate(whole, batch, parts, torch.amp.GradScaler("cpu", enabled=False))
     gradient = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     return gradient | {f"value of {name}": value for name, value in values.items()}
 
@@ -170,28 +170,18 @@ def test_the_first_gradients_are_those_of_one_process(kind: str, reports: list[R
     one, *ranks = (report[kind] for report in reports)
     gradients = [name for name in one if not name.startswith("value")]
     assert len(gradients) > 10
-    largest = max(one[name].abs().max() for name in gradients)
-    assert largest > 0
-    for report in ranks:
-        for name in gradients:
-            assert (report[name] - one[name]).abs().max() <= 1e-5 * largest, name
+    largest = {name: one[name].abs().max() for name in gradients}
+    assert min(largest.values()) > 0
+    for name in gradients:
+        # Where the sum over patches nearly cancels, its rounding is that of what is added up.
+        allowed = 1e-5 * max(largest[name], 1e-2 * max(largest.values()))
+        for report in ranks:
+            assert (report[name] - one[name]).abs().max() <= allowed, name
     # A term's mean over all is the mean of what the ranks report, each counted by its amount.
     for name in one.keys() - set(gradients):
         mean = (ranks[0][name] + ranks[1][name]) / 2
         torch.testing.assert_close(mean, one[name], rtol=1e-5, atol=1e-7)
         assert name == "value of adversarial" or not torch.equal(ranks[0][name], ranks[1][name])
-
-
-def test_a_batch_that_cannot_be_shared_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parallel, "size", lambda: 3)
-    settings = dataclasses.replace(
-        settings_of(folder), output=folder / "shared", class_weights=False
-    )
-    network, data = train.new_network(settings), train.open_data(settings)
-    with pytest.raises(ValueError, match="a batch of 4 cannot be split over 3 processes"):
-        train.warm_up("warm-up", network, data, settings, Records(None))
 
 
 def test_torchrun_leaves_one_log_and_one_set_of_checkpoints(folder: Path) -> None:

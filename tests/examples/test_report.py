@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import report
 import torch
-from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE
+from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE, SYNTHIA_16
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from anchorda import ScoreCalibrator
+from anchorda import ConfusionMatrix, ScoreCalibrator
 
 NOTHING: dict[str, float | None] = dict.fromkeys(CLASS_NAMES)
 TERMS = {"warm-up": {"source": 1.0}, "stage 1": {"source": 1.0, "pseudo": 2.0}}
@@ -87,12 +87,18 @@ each_picture = pytest.mark.parametrize(
 )
 
 
+def confusion(counts: dict[tuple[int, int], int]) -> ConfusionMatrix:
+    """Pixels by truth and prediction."""
+    matrix = ConfusionMatrix(NUM_CLASSES)
+    for place, count in counts.items():
+        matrix.counts[place] = count
+    return matrix
+
+
 def test_table_lists_the_classes_that_occur_in_any_phase() -> None:
-    before, after = torch.full((2, NUM_CLASSES), math.nan)
-    before[0], after[0], after[6] = 0.5, 1.0, 0.0625
-    table = report.iou_table(
-        {"source only": before, "warm-up": after}, {"source only": 0.5, "warm-up": 0.53125}
-    )
+    before, after = confusion({(0, 0): 1, (0, NUM_CLASSES): 1}), confusion({(0, 0): 5})
+    after.counts[6, 6], after.counts[6, NUM_CLASSES] = 1, 15
+    table = report.iou_table({"source only": before, "warm-up": after}, range(NUM_CLASSES))
     assert table.splitlines() == [
         "class          source only  warm-up",
         "-----------------------------------",
@@ -104,10 +110,20 @@ def test_table_lists_the_classes_that_occur_in_any_phase() -> None:
 
 
 def test_table_keeps_the_order_of_the_phases_and_says_where_there_is_no_mean() -> None:
-    nothing = torch.full((NUM_CLASSES,), math.nan)
-    table = report.iou_table({"b": nothing, "a": nothing}, {"a": 0.25, "b": math.nan})
+    quarter = confusion({(0, 0): 1, (0, NUM_CLASSES): 3})
+    table = report.iou_table({"b": confusion({}), "a": quarter}, range(NUM_CLASSES))
     assert table.splitlines()[0].split() == ["class", "b", "a"]
     assert table.splitlines()[-1].split() == ["mIoU", "–", "25.0"]
+
+
+def test_table_of_synthia_has_both_of_its_means() -> None:
+    road, wall, sky = (CLASS_NAMES.index(name) for name in ("road", "wall", "sky"))
+    some = confusion({(road, road): 3, (road, sky): 1, (wall, wall): 1, (wall, NUM_CLASSES): 3})
+    # Sky is predicted but occurs nowhere: it has an IoU, 0, and no part in a mean.
+    lines = [line.split() for line in report.iou_table({"now": some}, SYNTHIA_16).splitlines()]
+    assert lines[2:5] == [["road", "75.0"], ["wall", "25.0"], ["sky", "0.0"]]
+    assert lines[-2:] == [["mIoU", "of", "16", "50.0"], ["mIoU", "of", "13", "75.0"]]
+    assert report.mean_iou(some, range(NUM_CLASSES)) == some.mean_iou().item()
 
 
 @each_picture

@@ -14,6 +14,7 @@ from records import Records, load_checkpoint
 from settings import PRESETS, Settings, parse_settings
 from synthetic import SourceFormat, write_synthetic_pair
 
+WHAT = ("labels", "distance")
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -45,9 +46,11 @@ def test_a_preset_runs_whole_on_tiny_images(preset: str, tmp_path: Path) -> None
     assert [e["phase"] for e in events if e["kind"] == "evaluation"] == phases
     assert [e["phase"] for e in events if e["kind"] == "selection"] == phases
     terms = [e["terms"] for e in events if e["kind"] == "losses"]
-    assert [set(t) >= {"source"} for t in terms if isinstance(t, dict)] == [True] * 3
-    assert isinstance(terms[0], dict)
-    assert set(terms[0]) == {"source", "adversarial", "discriminator"}
+    of_stage = {f"{kind} {what}" for kind in ("anchor", "probability") for what in WHAT}
+    assert [set(t) for t in terms if isinstance(t, dict)] == [
+        {"source", "adversarial", "discriminator"},
+        *2 * [{"source", "source distance", *of_stage}],
+    ]
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
     DeepLab(NUM_CLASSES).load_state_dict(parts["network"])
 
@@ -142,6 +145,23 @@ def test_frozen_batch_norm_stays_as_it_was(pair: tuple[Path, Path], tmp_path: Pa
         name for name, p in train.new_network(settings).named_parameters() if p.requires_grad
     }
     assert not any("bn" in name or "running" in name for name in moved)
+
+
+def test_synchronized_batch_norm_is_in_every_place_and_loads_elsewhere(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # Statistics over processes need GPUs; in evaluation it runs anywhere.
+    arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--network", "deeplab18"]
+    settings = parse_settings([*arguments, "--output", str(tmp_path), "--device", "cpu"])
+    plain = train.new_network(settings).eval()
+    synced = train.new_network(dataclasses.replace(settings, batch_norm="sync")).eval()
+    norms = [m for m in synced.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    plain.load_state_dict(synced.state_dict())
+    images = torch.rand(1, 3, 33, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(synced(images), plain(images))
 
 
 def test_a_stage_starts_from_the_best_network_of_the_one_before(

@@ -124,6 +124,29 @@ def test_a_wrong_flag_is_named(
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--warmup-batch 4 cannot be split into --accumulate 1 equal parts for each of 3 proc"),
+        (["--warmup-batch", "3"], "--stage-batch 2 cannot be split into --accumulate 1 equal"),
+        (
+            ["--warmup-batch", "6", "--stage-batch", "9", "--accumulate", "2"],
+            "--stage-batch 9 cannot be split into --accumulate 2 equal parts for each of 3 proc",
+        ),
+    ],
+)
+def test_batches_that_processes_cannot_share_are_named_before_a_warm_up(
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert message in said_of(capsys, *flags)
+    assert parse_settings(["--warmup-batch", "6", "--stage-batch", "3"]).stage_batch == 3
+
+
+@pytest.mark.parametrize(
     "margin",
     ["high", "coverage:", "precision:1.5", "quantile:0.5", ":1", "2,", "", "nan", "a:coverage:1"],
 )
@@ -186,6 +209,12 @@ def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]) 
     for name in NAMES:
         assert f"--{name.replace('_', '-')} " in text
     assert text.count("(default: ") > 30
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "3")  # of something else: without torchrun there is one
+    assert parse_settings([]).warmup_batch == 4
 
 
 def test_a_phase_is_cut_at_max_iterations() -> None:

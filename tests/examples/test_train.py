@@ -12,7 +12,7 @@ import torch
 import train
 from classes import CLASS_NAMES, NUM_CLASSES
 from network import SmallSegmenter
-from records import load_checkpoint
+from records import load_checkpoint, save_checkpoint
 from settings import Settings, parse_settings
 from synthetic import write_synthetic_pair
 
@@ -126,6 +126,14 @@ def test_same_seed_same_bits_also_from_a_warm_up_checkpoint(
     assert not same(whole, network_of(tmp_path / "other", "stage-2"))
 
 
+def test_a_warm_up_in_progress_is_none_to_start_from(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "unfinished.pt", {"settings": {}, "networks": {}})
+    with pytest.raises(ValueError, match=r"unfinished.pt is not a checkpoint of a phase: it lacks"):
+        run(pair, tmp_path / "run", "--warmup-checkpoint", str(tmp_path / "unfinished.pt"))
+
+
 def test_synthia_is_evaluated_on_the_classes_it_knows(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +143,11 @@ def test_synthia_is_evaluated_on_the_classes_it_knows(
     )  # fmt: skip
     flags = ["--source-format", "synthia", "--stages", "0", "--network", "deeplab18"]
     run((source, pair[1]), tmp_path / "run", *flags)
-    assert "mIoU without wall, fence and pole: " in capsys.readouterr().out
+    table = (tmp_path / "run" / "report" / "iou.txt").read_text()
+    assert [line.split()[:3] for line in table.splitlines()[-2:]] == [
+        *(["mIoU", "of", "16"], ["mIoU", "of", "13"]),
+    ]
+    assert table in capsys.readouterr().out
     arguments = ["--source", str(source), "--target", str(pair[1]), "--output", "none", *TINY]
     truth = {}
     for source_format in ("gta5", "synthia"):
@@ -211,6 +223,22 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[1] == pytest.approx(0.5 * (1 - 1 / 40) ** 0.9)
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert 0 < rates[-1] < 0.02
+
+
+@pytest.mark.parametrize("preset", ["gta5", "synthia"])
+def test_presets_are_optimized_as_published(preset: str) -> None:
+    settings = parse_settings(["--preset", preset])
+    count, rate = settings.stage_iterations, settings.stage_learning_rate
+    network = SmallSegmenter(NUM_CLASSES)
+    optimizer, schedule = train.make_optimizer(network, rate, count, settings)
+    assert isinstance(optimizer, torch.optim.SGD)
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 2e-4)
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    (factor,) = schedule.lr_lambdas
+    for iteration in (0, 1, 45_000, 89_999):
+        expected = 1e-4 * (1 - iteration / 90_000) ** 0.9
+        assert rate * factor(iteration) == pytest.approx(expected, rel=1e-12)
 
 
 def broken_run(pair: tuple[Path, Path], source: Path, output: Path, *flags: str) -> str:
