@@ -131,6 +131,150 @@ def test_merge_needs_equal_settings(other: tuple[int, int, dict[str, Any]]) -> N
         CategoryAnchors(5, 3).merge(CategoryAnchors(*sizes, **options))
 
 
+NUMPY: list[Callable[[Tensor], Any]] = [lambda tensor: tensor, lambda tensor: tensor.numpy()]
+
+
+@pytest.mark.parametrize("given", NUMPY, ids=["tensor", "array"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_centroids_and_back(options: Options, given: Callable[[Tensor], Any]) -> None:
+    anchors = accumulated(stream(), options)
+    centroids, counts = anchors.compute(), anchors.counts.clone()
+    before = centroids.clone(), counts.clone()
+    twin = CategoryAnchors.from_centroids(given(centroids), given(counts), **options)
+    assert repr(twin) == repr(anchors)
+    assert torch.equal(twin.counts, anchors.counts)
+    assert (twin.means.dtype, twin.counts.dtype) == (torch.float64, torch.int64)
+    torch.testing.assert_close(twin.compute(), centroids, rtol=0, atol=0, equal_nan=True)
+    twin.update(*stream()[0])
+    for kept, copied in zip((centroids, counts), before, strict=True):
+        torch.testing.assert_close(kept, copied, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("given", NUMPY, ids=["tensor", "array"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_stream_goes_on_from_centroids(options: Options, given: Callable[[Tensor], Any]) -> None:
+    batches = stream()
+    stopped, whole = accumulated(batches[:3], options), accumulated(batches, options)
+    exact = torch.where(stopped.seen[:, None], stopped.means, math.nan)
+    # Measured for means of size 1: 0 from the float64 means, 4e-8 from those of `compute`.
+    for centroids, tolerance in ((exact, 0.0), (stopped.compute(), 4e-7)):
+        going_on = CategoryAnchors.from_centroids(
+            given(centroids), given(stopped.counts), **options
+        )
+        for features, labels in batches[3:]:
+            going_on.update(features, labels)
+        assert_same(going_on, whole, tolerance)
+
+
+def test_centroids_without_counts_weigh_as_one_feature() -> None:
+    centroids = np.array([[4.0, 8.0], [math.nan, 1.0], [0.0, 0.0], [math.inf, 0.0]])
+    anchors = CategoryAnchors.from_centroids(centroids)
+    assert anchors.counts.tolist() == [1, 0, 1, 0]
+    expected = CategoryAnchors(4, 2)
+    expected.update(torch.tensor([[4.0, 8.0], [0.0, 0.0]]), torch.tensor([0, 2]))
+    assert_same(anchors, expected, 0.0)
+    anchors.update(torch.tensor([[1.0, 2.0]] * 3 + [[5.0, 5.0]]), torch.tensor([0, 0, 0, 1]))
+    assert anchors.compute()[:2].tolist() == [[1.75, 3.5], [5.0, 5.0]]
+
+
+def test_a_class_is_seen_if_its_row_is_finite_and_its_count_positive() -> None:
+    centroids = torch.tensor([[1.0], [2.0], [math.nan], [math.nan]])
+    anchors = CategoryAnchors.from_centroids(centroids, torch.tensor([5, 0, 7, 0]), max_count=3)
+    assert anchors.counts.tolist() == [3, 0, 0, 0]
+    assert anchors.means.tolist() == [[1.0], [0.0], [0.0], [0.0]]
+
+
+@pytest.mark.parametrize(
+    "awkward",
+    [
+        np.arange(6.0, dtype=">f4").reshape(3, 2),
+        np.arange(6.0, dtype=np.float16).reshape(3, 2),
+        np.arange(6.0, dtype=np.longdouble).reshape(3, 2),
+        np.arange(5.0, -1.0, -1.0)[::-1].reshape(3, 2),
+        np.asfortranarray(np.arange(6.0).reshape(3, 2)),
+        np.broadcast_to(np.arange(6.0).reshape(3, 2), (3, 2)),  # read-only
+    ],
+    ids=["big-endian", "float16", "longdouble", "reversed", "Fortran", "read-only"],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, ">i8", np.uint64])
+def test_arrays_of_any_kind(awkward: Any, dtype: Any) -> None:  # noqa: ANN401
+    anchors = CategoryAnchors.from_centroids(awkward, np.array([1, 2, 200]).astype(dtype))
+    assert anchors.compute().tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+    assert anchors.counts.tolist() == [1, 2, 200]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            (np.ones((2, 3), np.int64),),
+            TypeError,
+            "Expected `centroids` of floating-point dtype, but got int64. Convert them with "
+            "centroids.astype('float64').",
+        ),
+        (
+            (torch.ones(2, 3, dtype=torch.int64),),
+            TypeError,
+            "Expected `centroids` of a floating-point dtype, but got torch.int64. Convert them "
+            "with centroids.float().",
+        ),
+        (
+            ([[1.0]],),
+            TypeError,
+            "Expected `centroids` to be a torch.Tensor, but got list.",
+        ),
+        (
+            (np.ones(3),),
+            ValueError,
+            "Expected `centroids` of shape (C, D), one row for each class, but got (3,).",
+        ),
+        (
+            (np.ones((2, 0)),),
+            ValueError,
+            "Expected `feature_dim` of at least 1, but got 0.",
+        ),
+        (
+            (np.ones((2, 3)), np.ones(2)),
+            TypeError,
+            "Expected `counts` of integer dtype, but got float64. Convert them with "
+            "counts.astype('int64').",
+        ),
+        (
+            (np.ones((2, 3)), torch.ones(2)),
+            TypeError,
+            "Expected `counts` of an integer dtype, but got torch.float32. Convert them with "
+            "counts.long().",
+        ),
+        (
+            (torch.ones(2, 3), np.ones(3, np.int64)),
+            ValueError,
+            "Expected `counts` of shape (C,) = (2,) to match `centroids`, but got (3,).",
+        ),
+        (
+            (torch.ones(2, 3), np.array([4, -1])),
+            ValueError,
+            "Expected `counts` of at least 0, but got -1. A class that was never seen has the "
+            "count 0.",
+        ),
+        (
+            (torch.ones(2, 3), torch.ones(2, dtype=torch.int64, device="meta")),
+            ValueError,
+            "Expected `counts` on cpu like `centroids`, but got meta. Move them with "
+            ".to(centroids.device).",
+        ),
+    ],
+)
+def test_rejected_centroids(arguments: Any, error: type[Exception], message: str) -> None:  # noqa: ANN401
+    with pytest.raises(error) as raised:
+        CategoryAnchors.from_centroids(*arguments)
+    assert str(raised.value) == message
+
+
+def test_centroids_exclude_options_as_the_constructor_does() -> None:
+    with pytest.raises(ValueError, match="Expected `max_count` or `momentum`, but got both"):
+        CategoryAnchors.from_centroids(np.ones((2, 3)), max_count=10, momentum=0.1)
+
+
 def test_reset_forgets_everything() -> None:
     anchors = accumulated(stream())
     anchors.reset()

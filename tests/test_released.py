@@ -939,7 +939,8 @@ def test_wrong_content(path: Path, save: Save, value: object, reason: str) -> No
         load_category_anchors(path)
     assert str(raised.value) == (
         f"Expected {str(path)!r} to hold category anchors, an array (C, D) or a dict with "
-        f"`objective_vectors` (C, D) and `objective_num` (C,), but {reason}."
+        "`objective_vectors` (C, D) and `objective_num` (C,), or with `Ave` (C, D) and `Amount` "
+        f"(C,), but {reason}."
     )
 
 
@@ -950,9 +951,130 @@ def test_other_files(path: Path, content: bytes) -> None:
         load_category_anchors(path)
 
 
-def test_tensor_in_a_file_of_torch_before_1_6(path: Path) -> None:
+# The files of ProDA and SePiCo, which hold tensors, on a GPU too, in either format of torch.save.
+
+SAVES_OF_TENSORS: dict[str, Save] = {"torch": torch.save, "torch before 1.6": save_legacy}
+
+
+def proda(values: Tensor) -> object:
+    return values
+
+
+def sepico(values: Tensor) -> object:
+    counts = torch.tensor([1234.0, 0.0, 7.0])
+    return {"CoVariance": torch.rand(values.shape), "Ave": values, "Amount": counts}
+
+
+def from_gpu(path: Path) -> None:
+    """Rewrite a file as torch writes it where its tensors are on a GPU: the location differs."""
+    old, new = (b"X" + bytes([len(name), 0, 0, 0]) + name for name in (b"cpu", b"cuda:0"))
+    if not zipfile.is_zipfile(path):
+        assert old in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(old, new))
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (pickled_name,) = [name for name in members if name.endswith("data.pkl")]
+    assert old in members[pickled_name]
+    members[pickled_name] = members[pickled_name].replace(old, new)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("save", SAVES_OF_TENSORS.values(), ids=SAVES_OF_TENSORS)
+@pytest.mark.parametrize("layout", [proda, sepico])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_reads_proda_and_sepico(
+    path: Path, save: Save, layout: Callable[[Tensor], object], device: str
+) -> None:
+    values = torch.randn(3, 5)
+    values[1] = 0
+    save(layout(values), path)
+    if device != "cpu":
+        from_gpu(path)
+        if not torch.cuda.is_available():  # torch takes the file for one from a GPU
+            with pytest.raises((RuntimeError, pickle.UnpicklingError), match="on a CUDA device"):
+                torch.load(path, weights_only=True)
+    anchors = load_category_anchors(path)
+    assert (anchors.dtype, anchors.device.type) == (torch.float32, "cpu")
+    assert torch.equal(anchors[[0, 2]], values[[0, 2]])
+    assert anchors[1].isnan().all()
+
+
+@pytest.mark.parametrize("save", SAVES_OF_TENSORS.values(), ids=SAVES_OF_TENSORS)
+def test_tensors_that_share_their_storage(path: Path, save: Save) -> None:
+    whole = torch.arange(1.0, 13.0).reshape(4, 3)
+    save({"objective_vectors": whole[1:], "objective_num": whole[:3, 0]}, path)
+    assert torch.equal(load_category_anchors(path), whole[1:])
+
+
+@pytest.mark.parametrize("save", SAVES_OF_TENSORS.values(), ids=SAVES_OF_TENSORS)
+@pytest.mark.parametrize("layout", [proda, sepico])
+def test_truncated_tensors(path: Path, save: Save, layout: Callable[[Tensor], object]) -> None:
+    save(layout(torch.ones(3, 40)), path)
+    data = path.read_bytes()
+    for length in [*range(0, len(data), 37), len(data) - 30]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="to hold category anchors") as raised:
+            load_category_anchors(path)
+        assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("save", SAVES_OF_TENSORS.values(), ids=SAVES_OF_TENSORS)
+def test_runs_nothing_in_a_sepico_file(path: Path, save: Save) -> None:
+    save({"Ave": torch.ones(2, 3), "Amount": Payload(exec, "1 / 0")}, path)
+    with pytest.raises(ValueError, match=r"it names \w+\.exec, which no array needs"):
+        load_category_anchors(path)
+    with pytest.raises(ZeroDivisionError):
+        torch.load(path, weights_only=False)
+
+
+def test_a_size_in_an_old_file_decides_nothing(path: Path) -> None:
+    """A storage that says it is as large as memory is read no further than the file goes."""
     save_legacy(torch.ones(2, 3), path)
-    with pytest.raises(ValueError, match=r"it holds a tensor in the format of torch before 1\.6"):
+    data = path.read_bytes()
+    size, numbers = data[:-24][-8:], data[-24:]
+    assert size == (6).to_bytes(8, "little")
+    for claimed in (0, 7, 2**40, 2**62, 2**64 - 1):
+        path.write_bytes(data[:-32] + claimed.to_bytes(8, "little") + numbers)
+        with pytest.raises(ValueError, match="it ends within its numbers"):
+            load_category_anchors(path)
+
+
+def test_a_compressed_archive_is_refused(path: Path) -> None:
+    torch.save(torch.ones(2, 3), path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match="it is compressed, which torch never does"):
+        load_category_anchors(path)
+
+
+@pytest.mark.parametrize("save", SAVES_OF_TENSORS.values(), ids=SAVES_OF_TENSORS)
+def test_any_byte_changed_in_a_file_of_tensors(path: Path, save: Save) -> None:
+    save(sepico(torch.ones(3, 2)), path)
+    data = path.read_bytes()
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(500):
+        changed = bytearray(data)
+        changed[generator.integers(len(data))] = generator.integers(256)
+        path.write_bytes(changed)
+        try:
+            outcomes.add(load_category_anchors(path).ndim)
+        except ValueError as error:
+            outcomes.add(str(error).startswith(f"Expected {str(path)!r} to hold"))
+    assert outcomes == {2, True}
+
+
+def test_a_checkpoint_of_a_network_is_refused(path: Path) -> None:
+    network = torch.nn.Linear(2, 3)
+    state = {"model_state": network.state_dict(), "objective_vectors": torch.ones(3, 2)}
+    torch.save({"Deeplab": state, "iter": 7}, path)
+    with pytest.raises(ValueError, match="it is a dict of other keys: 'Deeplab', 'iter'"):
         load_category_anchors(path)
 
 

@@ -4,12 +4,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import _ops
 from ._checks import (
+    check_anchor_rows,
     check_choice,
     check_count,
     check_device,
@@ -317,10 +320,75 @@ class CategoryAnchors(nn.Module):
             check_count(max_count, "max_count")
         if momentum is not None:
             check_range(momentum, "momentum", 0.0, 1.0)
-        self.num_classes, self.feature_dim = num_classes, feature_dim
-        self.max_count, self.momentum = max_count, momentum
+        self.num_classes: int = num_classes
+        self.feature_dim: int = feature_dim
+        self.max_count: int | None = max_count
+        self.momentum: float | None = momentum
         self.register_buffer("means", torch.zeros(num_classes, feature_dim, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @classmethod
+    def from_centroids(
+        cls,
+        centroids: Tensor | npt.NDArray[np.floating],
+        counts: Tensor | npt.NDArray[np.integer] | None = None,
+        *,
+        max_count: int | None = None,
+        momentum: float | None = None,
+    ) -> Self:
+        """Go on from centroids that were computed before: the way back from `compute`.
+
+        A running mean goes on as if it had never stopped only with the counts it had: they are the
+        weight of the past against the next batch. Without them each centroid weighs as much as one
+        feature, and the first batch all but replaces it; an exponential moving average does not
+        ask for more. What `compute` rounds to float32 stays rounded; ``state_dict`` is exact.
+
+        Args:
+            centroids: ``(C, D)``, floating point, a tensor or a NumPy array, which is copied. A row
+                that is not finite is an unseen class.
+            counts: ``(C,)``, integer, likewise: what each centroid averages, 0 for an unseen class;
+                that of a row that is not finite has no meaning. ``None`` is 1 for each seen class.
+            max_count: see `CategoryAnchors`; caps these counts too.
+            momentum: see `CategoryAnchors`.
+
+        Returns:
+            Anchors on the device of ``centroids``, the CPU for an array.
+
+        Raises:
+            TypeError: if a dtype is wrong.
+            ValueError: if a shape, a device or an option is wrong, or a count is negative.
+
+        >>> centroids = np.array([[3.0], [np.nan]])
+        >>> anchors = CategoryAnchors.from_centroids(centroids, np.array([3, 0]))
+        >>> anchors.update(torch.tensor([[7.0], [1.0]]), torch.tensor([0, 1]))
+        >>> anchors.compute().numpy()
+        array([[4.],
+               [1.]], dtype=float32)
+        """
+        rows = _from_array(centroids, "centroids", "floating-point", torch.device("cpu"))
+        check_anchor_rows(rows, "centroids")
+        anchors = cls(*rows.shape, max_count=max_count, momentum=momentum).to(rows.device)
+        means = rows.detach().to(anchors.means.device).to(anchors.means.dtype)
+        finite = means.isfinite().all(dim=1)
+        if counts is None:
+            weights = finite.long()
+        else:
+            weights = _from_array(counts, "counts", "integer", rows.device)
+            check_label_map(weights, "counts")
+            if weights.shape != rows.shape[:1]:
+                raise ValueError(
+                    f"Expected `counts` of shape (C,) = {tuple(rows.shape[:1])} to match "
+                    f"`centroids`, but got {tuple(weights.shape)}."
+                )
+            check_device(weights, "counts", rows, "centroids")
+            weights = torch.where(finite, weights.to(anchors.counts), 0)
+            if (weights < 0).any():
+                raise ValueError(
+                    f"Expected `counts` of at least 0, but got {int(weights.min())}. "
+                    "A class that was never seen has the count 0."
+                )
+        anchors._blend(means, weights, finite.to(means.dtype))
+        return anchors
 
     @property
     def seen(self) -> Tensor:
@@ -402,3 +470,22 @@ class CategoryAnchors(nn.Module):
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"max_count={self.max_count}, momentum={self.momentum}"
         )
+
+
+def _from_array(
+    value: Tensor | npt.NDArray[np.generic],
+    name: str,
+    kind: Literal["floating-point", "integer"],
+    device: torch.device,
+) -> Tensor:
+    """An array as a tensor; what is no array is left to the checks of tensors."""
+    if not isinstance(value, np.ndarray):
+        return value
+    kinds, dtype = ("f", np.float64) if kind == "floating-point" else ("iu", np.int64)
+    if value.dtype.kind not in kinds:
+        raise TypeError(
+            f"Expected `{name}` of {kind} dtype, but got {value.dtype}. "
+            f"Convert them with {name}.astype({dtype.__name__!r})."
+        )
+    # A copy: an array may be read-only, or in a byte order or of a dtype that torch does not have.
+    return torch.from_numpy(value.astype(dtype)).to(device)

@@ -1,23 +1,20 @@
-"""What the released CAG-UDA code does and its paper does not say, and a reader of its anchor file.
+"""What the released CAG-UDA code does and its paper does not say, and a reader of anchor files.
 
-For reproducing its numbers. New work is better served by `anchorda.losses`, whose gradients are
-those of the losses they belong to.
+For reproducing its numbers, and for starting from anchors that released codes have saved. New work
+is better served by `anchorda.losses`, whose gradients are those of the losses they belong to.
 """
 
 import math
 import os
-import pickle
-import zipfile
-from dataclasses import dataclass
-from typing import IO, NamedTuple, final
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ops
 from ._checks import check_anchors, check_device, check_features, check_label_map, check_range
+from ._pickles import UnfitError, read, to_tensor
 from .anchors import keep_correct, resize_labels
 from .losses import discriminative_loss
 
@@ -130,29 +127,37 @@ def cag_uda_loss(
 
 
 def load_category_anchors(path: str | os.PathLike[str]) -> Tensor:
-    """Read an anchor file of the released CAG-UDA code, in either of its two layouts.
+    """Read an anchor or prototype file of the released CAG-UDA, ProDA or SePiCo code.
+
+    The layout is known by what the file holds: in CAG-UDA an array ``(C, D)``, or a dict of
+    ``objective_vectors (C, D)`` and ``objective_num (C,)``; in ProDA, whose files are named
+    ``prototypes_on_..._from_...``, an array ``(C, D)``; in SePiCo a dict of ``Ave (C, D)`` and
+    ``Amount (C,)``, beside which its ``CoVariance`` is not read.
 
     The file is a pickle, but nothing it names is ever imported or called: it is read into a
     description, of which arrays are made here. A file that names anything but what an array
-    consists of is refused.
+    consists of is refused, and so is the checkpoint of a network.
 
     Args:
-        path: a file of ``torch.save``, of any version, or of ``pickle.dump`` up to protocol 4,
-            that holds an array ``(C, D)`` or a dict with ``objective_vectors (C, D)`` and
-            ``objective_num (C,)``. Arrays are NumPy's or, if saved by torch 1.6 or later, tensors.
+        path: a file of ``torch.save``, of any version, or of ``pickle.dump`` up to protocol 4.
+            Arrays are NumPy's or, in a file of ``torch.save``, tensors on whatever device.
 
     Returns:
-        The anchors ``(C, D)`` float32. A row is NaN, its class unseen, where ``objective_num`` is
-        0, or, in a file without it, where the row is all zeros, as the released code began it.
+        The anchors ``(C, D)`` float32, on the CPU. A row is NaN, its class unseen, where
+        ``objective_num`` or ``Amount`` is 0, or, in a file without them, where the row is all
+        zeros, as the released codes begin it. To move them on with new features, as ProDA does,
+        pass them to `CategoryAnchors.from_centroids` with a ``momentum``.
 
     Raises:
         OSError: if the file cannot be opened.
         ValueError: if it holds something else, or is damaged; the message names the file.
 
-    Source: the released CAG-UDA code (github RogerZhangzz/CAG_UDA), which itself can read but one
-    of the layouts at a time.
+    Source: the released code of CAG-UDA (github RogerZhangzz/CAG_UDA), which itself can read but
+    one of its layouts at a time; of ProDA (github microsoft/ProDA), ``calc_prototype.py``; and of
+    SePiCo (github BIT-DA/SePiCo), ``ProtoEstimator.save_proto``.
 
     >>> import tempfile
+    >>> import numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = os.path.join(folder, "category_anchors")
     ...     means, counts = np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([80, 0])
@@ -163,12 +168,13 @@ def load_category_anchors(path: str | os.PathLike[str]) -> Tensor:
     """
     with open(path, "rb") as file:
         try:
-            return _anchors(_read(file))
+            return _anchors(read(file))
         except Exception as error:  # Unpickling what is damaged may raise any.
-            reason = error if isinstance(error, _UnfitError) else f"it is damaged: {error!r}"
+            reason = error if isinstance(error, UnfitError) else f"it is damaged: {error!r}"
             raise ValueError(
-                f"Expected {os.fspath(path)!r} to hold category anchors, an array (C, D) or a "
-                f"dict with `objective_vectors` (C, D) and `objective_num` (C,), but {reason}."
+                f"Expected {os.fspath(path)!r} to hold category anchors, an array (C, D) or a dict "
+                "with `objective_vectors` (C, D) and `objective_num` (C,), or with `Ave` (C, D) "
+                f"and `Amount` (C,), but {reason}."
             ) from error
 
 
@@ -250,149 +256,24 @@ def _check_target_labels(labels: Tensor, features: Tensor, name: str) -> None:
     check_device(labels, name, features, "target_features")
 
 
-class _UnfitError(ValueError):
-    """Why a file is none of category anchors, as the end of a sentence about it."""
-
-
-@dataclass
-class _Built:
-    """What a pickle asks to be built: by which global, from which arguments, with which state."""
-
-    name: str
-    arguments: tuple[object, ...]
-    state: object = None
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-@dataclass
-class _Global:
-    """A global that a pickle names. A call of it is noted, not made."""
-
-    name: str
-
-    def __call__(self, *arguments: object) -> _Built:
-        return _Built(self.name, arguments)
-
-
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-}
-# None of them is imported; these are the names that arrays and tensors are described with.
-_GLOBALS = {
-    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
-    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-    *("torch._utils._rebuild_tensor_v2", "collections.OrderedDict"),
-    *(f"torch.{storage}" for storage in _STORAGES),
-}
-_DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"}
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what files of torch before 1.6 begin with
-
-
-@final
-class _Reader(pickle._Unpickler):
-    """Reads a pickle into plain values, `_Global` and `_Built`.
-
-    It builds on the unpickler in Python, as that in C takes registered extensions from a cache
-    without asking.
-    """
-
-    def __init__(self, pickled: IO[bytes], archive: zipfile.ZipFile | None = None) -> None:
-        super().__init__(pickled)
-        self._archive = archive
-
-    def find_class(self, module: str, name: str) -> _Global:
-        if not name:
-            raise pickle.UnpicklingError("it ends within a name")
-        if f"{module}.{name}" not in _GLOBALS:
-            raise _UnfitError(
-                f"it names {module}.{name}, which no array needs; nothing of it was run"
-            )
-        return _Global(name)
-
-    def get_extension(self, code: int) -> None:
-        raise _UnfitError(f"it names the pickle extension {code}; nothing of it was run")
-
-    def persistent_load(self, pid: object) -> tuple[torch.dtype, bytes]:
-        match pid:
-            case ("storage", _Global(kind), str(key), *_) if self._archive:
-                return _STORAGES[kind], self._archive.read(_member(self._archive, f"data/{key}"))
-            case ("storage", *_):
-                raise _UnfitError("it holds a tensor in the format of torch before 1.6")
-        raise pickle.UnpicklingError("it refers to what is outside of it")
-
-
-def _read(file: IO[bytes]) -> object:
-    """What a file holds, described by `_Reader`."""
-    is_archive = file.read(2) == b"PK"
-    file.seek(0)
-    if is_archive:
-        with zipfile.ZipFile(file) as archive, archive.open(_member(archive, "data.pkl")) as data:
-            return _Reader(data, archive).load()
-    content = _Reader(file).load()
-    if content == _TORCH_MAGIC:
-        _Reader(file).load()  # the version of the format
-        _Reader(file).load()  # the sizes of the writer's types
-        content = _Reader(file).load()
-    return content
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> str:
-    """The full name of a member: torch puts all of them into one folder, named as the file."""
-    return archive.namelist()[0].partition("/")[0] + "/" + name
-
-
 def _anchors(content: object) -> Tensor:
     match content:
-        case {"objective_vectors": vectors, "objective_num": counts}:
-            anchors, seen = _tensor(vectors), _tensor(counts) > 0
+        case {"objective_vectors": vectors, "objective_num": counts} | {
+            "Ave": vectors,
+            "Amount": counts,
+        }:
+            anchors, seen = to_tensor(vectors), to_tensor(counts) > 0
         case dict():
             keys = ", ".join(repr(key[:40]) for key in list(content)[:5] if isinstance(key, str))
-            raise _UnfitError(f"it is a dict of other keys: {keys}")
+            raise UnfitError(f"it is a dict of other keys: {keys}")
         case _:
-            anchors = _tensor(content)
+            anchors = to_tensor(content)
             seen = (anchors != 0).any(dim=-1)
     if not anchors.is_floating_point() or anchors.ndim != 2 or 0 in anchors.shape:
-        raise _UnfitError(f"its anchors are {anchors.dtype} of shape {tuple(anchors.shape)}")
+        raise UnfitError(f"its anchors are {anchors.dtype} of shape {tuple(anchors.shape)}")
     if seen.shape != anchors.shape[:1]:
-        raise _UnfitError(f"its counts are of shape {tuple(seen.shape)} for {len(anchors)} anchors")
+        raise UnfitError(f"its counts are of shape {tuple(seen.shape)} for {len(anchors)} anchors")
     anchors = torch.where(seen[:, None], anchors, torch.nan).float()
     if not (anchors.isfinite().all(dim=1) | anchors.isnan().all(dim=1)).all():
-        raise _UnfitError("some of its anchors are not finite")
+        raise UnfitError("some of its anchors are not finite")
     return anchors
-
-
-def _tensor(value: object) -> Tensor:
-    """A tensor from the description of an array or tensor."""
-    match value:
-        case _Built(
-            "_reconstruct",
-            state=(
-                _,
-                tuple(shape),
-                _Built("dtype", (str(code), *_), (_, "<" | ">" | "|" as order, *_)),
-                bool(is_fortran),
-                bytes() | _Built("encode", (str(), "latin1")) as data,
-            ),
-        ) if code in _DTYPES:
-            raw = data if isinstance(data, bytes) else str(data.arguments[0]).encode("latin1")
-            flat = np.frombuffer(raw, np.dtype(str(order) + code))
-            array = flat.reshape(shape, order="F" if is_fortran else "C")
-            # A copy in this machine's byte order, and in a dtype that torch has, exact for counts.
-            return torch.from_numpy(array.astype(np.float64 if code[0] == "f" else np.int64))
-        case _Built(
-            "_rebuild_tensor_v2",
-            ((torch.dtype() as dtype, bytes(data)), int(offset), tuple(size), tuple(stride), *_),
-        ):
-            if math.prod(size) > len(data):
-                raise _UnfitError("it holds a tensor that is larger than its data")
-            # Checked by torch to stay within the data.
-            return torch.frombuffer(bytearray(data), dtype=dtype).as_strided(size, stride, offset)
-    other = "an array of another kind" if isinstance(value, _Built) else type(value).__name__
-    raise _UnfitError(f"it holds {other} in place of an array of numbers")
