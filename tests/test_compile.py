@@ -194,6 +194,8 @@ OPERATORS: list[tuple[str, Callable[[list[Tensor]], tuple[Any, ...]]]] = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("name", "select"), OPERATORS, ids=[name for name, _ in OPERATORS])
+# The check of torch 2.14 warns of itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators_keep_the_rules(
     name: str, select: Callable[[list[Tensor]], tuple[Any, ...]], dtype: torch.dtype
 ) -> None:

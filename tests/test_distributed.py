@@ -270,7 +270,7 @@ def reports(
             for process in context.processes:
                 process.kill()
             pytest.fail(f"{world} ranks have not finished within {SECONDS} s")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def assert_same(report: Report, name: str, expected: CategoryAnchors, after: str = "") -> None:

@@ -18,7 +18,7 @@ PACKAGE = Path(anchorda.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors first; a module imports from floors below its own, never from beside or above.
 FLOORS = [
-    {"_checks", "_ops.kernels", "_ops.reference"},
+    {"_checks", "_ops.kernels", "_ops.reference", "_pickles"},
     {"_ops"},
     {"_state"},
     {"anchors", "pseudo_labels", "losses", "taps"},

@@ -52,7 +52,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE)
     )
 
 
-@given(problems(), st.floats(-8, 8))
+@given(problems(), st.floats(-8, 8, allow_subnormal=False))
 def test_translation_changes_no_distance(p: Problem, offset: float) -> None:
     features, anchors = (p.features + offset).double(), (p.anchors + offset).double()
     # Back again: what is left of the features after the rounding of the sum.
@@ -123,7 +123,7 @@ def test_relative_margin_has_no_scale(p: Problem, exponent: int) -> None:
     assert torch.equal(scaled.labels, labels)
 
 
-@given(problems(), st.floats(0, 1), st.floats(0, 1))
+@given(problems(), st.floats(0, 1, allow_subnormal=False), st.floats(0, 1, allow_subnormal=False))
 def test_higher_minimum_activates_no_pixel(p: Problem, first: float, second: float) -> None:
     low, high = sorted((first, second))
     by_anchor = (p.features, p.anchors)

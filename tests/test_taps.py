@@ -363,6 +363,8 @@ class Checkpointed(nn.Module):
         return output
 
 
+# torch 2.4 warns of itself.
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")
 def test_checkpointed_modules(images: Tensor) -> None:
     images.requires_grad_()
     network = Checkpointed(use_reentrant=False)

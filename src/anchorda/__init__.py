@@ -37,7 +37,7 @@ from .pseudo_labels import (
 from .stages import StageLabeler, StageLabels
 from .taps import FeatureTap
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AnchorContrastiveLoss",

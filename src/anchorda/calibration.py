@@ -400,7 +400,8 @@ def _anchor_to_anchor(anchors: Tensor) -> Tensor:
     check_anchor_rows(anchors)
     distances = anchor_distances(anchors.detach(), anchors)
     unseen = ~anchors.isfinite().all(dim=1, keepdim=True)
-    return torch.where(unseen, torch.nan, distances.fill_diagonal_(torch.inf))
+    itself = torch.eye(anchors.shape[0], dtype=torch.bool, device=anchors.device)
+    return torch.where(unseen, torch.nan, torch.where(itself, torch.inf, distances))
 
 
 def _shown(value: Tensor) -> str:

@@ -108,6 +108,12 @@ class StageLabeler(nn.Module):
 
     centroids: Tensor
     """(C, D) float32: the anchors, fixed."""
+    network: nn.Module
+    """The frozen copy."""
+    by_anchor: AnchorPseudoLabeler
+    """What labels by distance; another one may be assigned."""
+    by_probability: ProbabilityPseudoLabeler
+    """What labels by probability; another one may be assigned."""
 
     def __init__(
         self,
