@@ -7,20 +7,23 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 EXAMPLE := $(BIN)/python examples/gta5_to_cityscapes/train.py
 SEED ?= 0
 
-.PHONY: help test lint types unit dist demo bench clean
+.PHONY: help test lint types unit docs dist matrix demo bench clean
 
 help:
-	@echo "make test   everything CI runs: lint, types, unit tests and doctests, distribution"
+	@echo "make test   everything CI runs: lint, types, unit tests and doctests, docs, distribution"
+	@echo "make docs   the documentation in build/docs, every warning an error"
+	@echo "make dist   sdist and wheel: metadata, contents, and the wheel alone running README.md"
+	@echo "make matrix the core tests with the oldest and the newest Python and torch; gigabytes"
 	@echo "make demo   adapt a network on a small synthetic pair of data sets; SEED=0"
 	@echo "make bench  what the operators cost, as multiples of the memory traffic they need"
 	@echo "make clean  remove what the other targets made, but for runs/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) --editable ".[examples,segformer,test]"
+	$(BIN)/python $(INSTALL) --editable ".[docs,examples,segformer,test]"
 	touch $@
 
-test: lint types unit dist
+test: lint types unit docs dist
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
@@ -32,13 +35,24 @@ types: $(VENV)/installed
 unit: $(VENV)/installed
 	$(BIN)/pytest
 
-# The wheel alone, in an empty environment, with nothing but the run-time dependencies.
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet --fresh-env docs build/docs
+
+# Metadata and contents; then the wheel alone, in an empty environment, with nothing but the run-time
+# dependencies, every warning an error.
 dist: $(VENV)/installed
 	rm -rf dist build/wheel-only
 	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/distribution.py dist
 	$(PYTHON) -m venv build/wheel-only
 	build/wheel-only/bin/python $(INSTALL) dist/*.whl
-	build/wheel-only/bin/python tests/readme_blocks.py README.md
+	build/wheel-only/bin/python -I -W error tests/readme_blocks.py README.md
+
+# The core tests with the oldest and the newest Python and torch; not part of `make test`, as it
+# installs two more torch, on Linux of several gigabytes each.
+matrix:
+	$(PYTHON) tests/matrix.py
 
 demo: $(VENV)/installed
 	rm -rf "runs/demo-seed$(SEED)"

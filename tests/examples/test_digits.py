@@ -1,0 +1,66 @@
+"""What the digits promise: a gain over two references, a table of all seeds, no digit in both."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "digits.py"
+
+pytest.importorskip("sklearn", reason="scikit-learn, of the examples extra, is not installed")
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    specification = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_adapted_beats_source_only_and_control(
+    digits: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = digits.main(["--seeds", "2", "--iterations", "200", "--stages", "3"])
+    assert list(table) == ["source only", "control", "adapted", "adapted − source only"]
+    for seed in range(2):
+        assert table["adapted"][seed] > max(table["source only"][seed], table["control"][seed])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "accuracy on the target (%)"
+    for line, (row, values) in zip(lines[1:], table.items(), strict=True):
+        percent = 100 * torch.tensor(values)
+        assert line.startswith(row)
+        assert line.split("   ")[-1].strip() == f"{percent.mean():.1f} ± {percent.std():.1f}"
+
+
+def test_domains_share_no_digit(digits: ModuleType) -> None:
+    source, target = digits.load_domains(0.0, seed=3)
+    assert abs(len(source.labels) - len(target.labels)) <= 1
+    assert len(source.labels) + len(target.labels) == 1797
+    again, _ = digits.load_domains(35.0, seed=3)
+    assert torch.equal(source.images, again.images)  # the source is not turned
+    other, _ = digits.load_domains(0.0, seed=4)
+    assert not torch.equal(source.labels, other.labels)
+
+
+def test_a_quarter_turn(digits: ModuleType) -> None:
+    images = torch.rand(2, 1, 8, 8)
+    turned = digits.turned(images, 90.0)
+    rotations = [images.rot90(times, (2, 3)) for times in (1, 3)]
+    assert any(torch.allclose(turned, rotated, atol=1e-5) for rotated in rotations)
+
+
+def test_a_stage_labels_half_of_the_target(digits: ModuleType) -> None:
+    """Of the target, training and labeling are given the images alone."""
+    source, target = digits.load_domains(35.0, seed=0)
+    torch.manual_seed(0)
+    network = digits.Network()
+    digits.train(network, source, target.images, None, 20, torch.Generator().manual_seed(0))
+    stage = digits.begin_stage(network, source, target.images)
+    labels = stage(target.images).labels
+    assert 0.4 < (labels != 255).double().mean() < 0.6
