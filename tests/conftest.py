@@ -13,6 +13,10 @@ settings.register_profile("local", deadline=None, max_examples=20)
 settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU its interpreter runs the kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)
 # Uninitialized memory is filled with NaN and the largest integer: an unwritten result is seen.
 torch.use_deterministic_algorithms(True)

@@ -5,6 +5,8 @@ opaque, ``torch.compile(fullgraph=True)`` takes them for any size. This is also 
 a faster path than `reference` is sent to it.
 """
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,10 +17,35 @@ from . import reference
 # Annotations in this file must be types, not strings: torch infers the schemas from them.
 
 
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The Triton kernels, where they run: with Triton 3, on NVIDIA GPUs that have TF32."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        import triton
+
+        if int(triton.__version__.partition(".")[0]) < 3:
+            return None
+        from . import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def _fastest(features: Tensor, *others: Tensor) -> ModuleType:
+    """The module whose operators compute these inputs."""
+    kernels = _kernels(features.device)
+    return kernels if kernels is not None and kernels.takes(features, *others) else reference
+
+
 @torch.library.custom_op("anchorda::class_sums", mutates_args=())
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """See `reference.class_sums`."""
-    return reference.class_sums(features, labels, num_classes)
+    sums: tuple[Tensor, Tensor] = _fastest(features).class_sums(features, labels, num_classes)
+    return sums
 
 
 @class_sums.register_fake
@@ -103,7 +130,9 @@ anchor_distances.register_autograd(_anchor_distances_grad, setup_context=_anchor
 @torch.library.custom_op("anchorda::nearest_anchors", mutates_args=())
 def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nearest_anchors`."""
-    return reference.nearest_anchors(features, anchors)
+    nearest: tuple[Tensor, Tensor, Tensor]
+    nearest = _fastest(features, anchors).nearest_anchors(features, anchors)
+    return nearest
 
 
 @nearest_anchors.register_fake
@@ -116,7 +145,9 @@ def _(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op("anchorda::pixel_losses", mutates_args=())
 def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
     """See `reference.pixel_losses`; differentiable in the features."""
-    return reference.pixel_losses(features, labels, anchors, distance)
+    losses: Tensor
+    losses = _fastest(features, anchors).pixel_losses(features, labels, anchors, distance)
+    return losses
 
 
 @pixel_losses.register_fake
@@ -135,7 +166,10 @@ def pixel_losses_backward(
     distance: str,
 ) -> Tensor:
     """See `reference.pixel_losses_backward`."""
-    return reference.pixel_losses_backward(grad_losses, losses, features, labels, anchors, distance)
+    grad: Tensor = _fastest(features, anchors).pixel_losses_backward(
+        grad_losses, losses, features, labels, anchors, distance
+    )
+    return grad
 
 
 @pixel_losses_backward.register_fake

@@ -51,9 +51,8 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
         members = _flat(labels, block) == classes
         weights = members.to(dtype)
         parts = [weights @ x.T for _, x in _parts(features, block, scratch)]
-        # A NaN times a weight of zero is a NaN, so sums that are finite tell that all features
-        # are. To look at a value is free on the CPU alone.
-        if features.device.type != "cpu" or not all(bool(p.isfinite().all()) for p in parts):
+        # A NaN times a weight of zero is a NaN: sums that are finite tell that all features are.
+        if not _known_finite(parts):
             members &= _finite(features, block, scratch)
             weights = members.to(dtype)
             parts = [
@@ -338,6 +337,11 @@ def _points(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     seen = anchors.isfinite().all(dim=1, keepdim=True)
     points = torch.where(seen, anchors, 0.0).to(dtype)
     return points, torch.where(seen, points.square().sum(dim=1, keepdim=True), math.inf)
+
+
+def _known_finite(results: list[Tensor]) -> bool:
+    """Whether results are known to be finite: to look at values is free on the CPU alone."""
+    return all(r.device.type == "cpu" and bool(r.isfinite().all()) for r in results)
 
 
 def _finite(features: Tensor, block: Block, scratch: _Scratch) -> Tensor:
