@@ -1,28 +1,47 @@
 """What the operators cost, as ratios to a floor of the same run, beside what one would use instead.
 
     python benchmarks/operators.py --output runs/bench        # or: make bench
-    python benchmarks/operators.py --device cuda --dtype bfloat16
+    python benchmarks/operators.py --device cuda --pixels 8 128 224
 
-The floor of labeling and class sums is the bare product of the features with as many vectors as
-there are classes; that of the losses is one copy of the features. Contenders take turns, so that a
-noisy moment hits all of them, and one whose answers differ from float64 is not reported. Faiss,
-PyKeOps and a compiler are used where they are. The table, in Markdown, goes to the terminal, all
-measurements to OUTPUT/operators.csv, and their picture to OUTPUT/operators.png.
+The floor of labeling and class sums is the bare product of the features, in their own dtype and
+layout, with as many vectors as there are classes; that of the losses, which are timed with their
+gradient, is one copy of the features. Contenders take turns, so that a noisy moment hits all of
+them, and one whose answers differ from float64 is not reported. Each is called a few times before
+it is timed, and then `--repeats` times; on CUDA the device is waited for before and after every
+call, so that what it costs to launch a call is part of it. Faiss, PyKeOps and a compiler are used
+where they are. Extra memory is what torch allocates at the peak of a call, the result included, as
+a fraction of the features: Faiss and PyKeOps allocate some besides.
+
+Three tables in Markdown go to the terminal: all contenders; our operators by layout and dtype; and
+by the number of pixels, channels and classes. OUTPUT/operators.png is the picture of the first and
+the last, and OUTPUT/operators.csv has a line for each measurement:
+
+- table: contenders, layouts, pixels, dim or classes;
+- operator, contender, floor: who was measured, and its floor, which has lines of its own;
+- ms, low, high: the median, tenth and ninetieth percentile of the milliseconds of a call;
+- ratio, memory: of the median to the floor's, of the extra memory to the features';
+- features, layout, dtype, pixels, dim, classes: what it was measured on;
+- machine, device, threads, python, torch, numpy, anchorda: where it was measured.
 """
 
 import argparse
 import csv
 import importlib.util
+import math
+import os
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from seeds import markdown
 from torch import Tensor
@@ -30,13 +49,25 @@ from torch.autograd.profiler import profile
 
 import anchorda
 
-Answer = tuple[Tensor, ...]
-Contender = Callable[["Inputs"], Answer]
 OURS = "anchorda"
+MIN_MARGIN = 2.8  # half of the pixels of 256 channels and 19 classes exceed it
+IGNORE = 256  # beyond all classes that are measured
+WARM_UPS = 3
+
+
+class Case(NamedTuple):
+    """What to measure on."""
+
+    shape: tuple[int, ...]
+    """Of the labels: (N, H, W), or (P,) for features (P, D)."""
+    dim: int = 256
+    classes: int = 19
+    layout: str = "NCHW"
+    dtype: str = "float32"
 
 
 class Inputs(NamedTuple):
-    """One size."""
+    """A case, drawn."""
 
     features: Tensor
     labels: Tensor
@@ -47,25 +78,30 @@ class Inputs(NamedTuple):
         return Inputs(self.features.double(), self.labels, self.anchors.double())
 
 
-def draw(pixels: tuple[int, ...], dim: int, classes: int, options: argparse.Namespace) -> Inputs:
+Answer = tuple[Tensor, ...]
+Contender = Callable[[Inputs], Answer]
+
+
+def draw(case: Case, device: str) -> Inputs:
     """Features around the anchors of their classes, a tenth of them unlabeled."""
     torch.manual_seed(0)
-    anchors = torch.rand(classes, dim)
-    labels = torch.randint(classes, pixels)
-    features = anchors[labels].movedim(-1, 1) + 0.3 * torch.randn(pixels[0], dim, *pixels[1:])
-    labels = labels.where(torch.rand(pixels) > 0.1, 255)
-    features = features.contiguous().to(options.device, getattr(torch, options.dtype))
-    if options.channels_last and features.dim() == 4:
+    anchors = torch.rand(case.classes, case.dim)
+    labels = torch.randint(case.classes, case.shape)
+    noise = torch.randn(case.shape[0], case.dim, *case.shape[1:])
+    features = anchors[labels].movedim(-1, 1) + 0.3 * noise
+    labels = labels.where(torch.rand(case.shape) > 0.1, IGNORE)
+    features = features.contiguous().to(device, getattr(torch, case.dtype))
+    if case.layout == "channels-last":
         features = features.contiguous(memory_format=torch.channels_last)
-    return Inputs(features, labels.to(options.device), anchors.to(features))
-
-
-# ---------------------------------------------------------------------------------------- labeling
+    return Inputs(features, labels.to(device), anchors.to(features))
 
 
 def flat(features: Tensor) -> Tensor:
     """Features (N, D, *) as rows (P, D)."""
     return features.movedim(1, -1).reshape(-1, features.shape[1])
+
+
+# ---------------------------------------------------------------------------------------- labeling
 
 
 def product(inputs: Inputs) -> Answer:
@@ -78,37 +114,57 @@ def product(inputs: Inputs) -> Answer:
 
 def label(inputs: Inputs) -> Answer:
     """What a user of the library calls."""
-    pseudo = anchorda.AnchorPseudoLabeler(0.5)(inputs.features, inputs.anchors)
+    pseudo = anchorda.AnchorPseudoLabeler(MIN_MARGIN, ignore_index=IGNORE)(
+        inputs.features, inputs.anchors
+    )
     return pseudo.labels.flatten(), pseudo.scores.flatten()
 
 
-def label_by_loop(inputs: Inputs) -> Answer:
-    """A distance map for each class, as the released code does it."""
-    features, anchors = inputs.features, inputs.anchors
+def kept(nearest: Tensor, margin: Tensor) -> Answer:
+    """Labels where the margin is large enough, and the margins."""
+    return torch.where(margin > MIN_MARGIN, nearest, IGNORE).flatten(), margin.flatten()
+
+
+def of_two(two: Tensor, found: Tensor) -> Answer:
+    """Labels and margins from the two smallest distances (P, 2)."""
+    return kept(found[:, 0], two[:, 1] - two[:, 0])
+
+
+def nearest_by_loop(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest class and margin, from a distance map for each class, as the released code does."""
     maps = [(features - a.view(1, -1, *[1] * (features.dim() - 2))).norm(dim=1) for a in anchors]
     distances = torch.stack(maps, dim=1)
-    first, found = distances.min(dim=1)
-    second = distances.scatter(1, found[:, None], torch.inf).min(dim=1).values
-    margin = second - first
-    return torch.where(margin > 0.5, found, 255).flatten(), margin.flatten()
+    first, nearest = distances.min(dim=1)
+    second = distances.scatter(1, nearest[:, None], torch.inf).min(dim=1).values
+    return nearest, second - first
+
+
+def label_by_loop(inputs: Inputs) -> Answer:
+    """Class by class."""
+    return kept(*nearest_by_loop(inputs.features, inputs.anchors))
 
 
 def label_by_cdist(inputs: Inputs) -> Answer:
     """The obvious way."""
-    return by_two(*torch.cdist(flat(inputs.features), inputs.anchors).topk(2, largest=False))
-
-
-def by_two(two: Tensor, found: Tensor) -> Answer:
-    """Labels and margins of the two smallest distances."""
-    margin = two[:, 1] - two[:, 0]
-    return torch.where(margin > 0.5, found[:, 0], 255), margin
+    return of_two(*torch.cdist(flat(inputs.features), inputs.anchors).topk(2, largest=False))
 
 
 def label_by_formula(features: Tensor, anchors: Tensor) -> Answer:
-    """The squares multiplied out, in float32."""
-    rows = features.movedim(1, -1).reshape(-1, features.shape[1])
+    """The squares multiplied out, in the dtype of the features."""
+    rows = flat(features)
     squared = rows.square().sum(1, keepdim=True) - 2 * rows @ anchors.T + anchors.square().sum(1)
-    return by_two(*squared.clamp(min=0).sqrt().topk(2, largest=False))
+    return of_two(*squared.clamp(min=0).sqrt().topk(2, largest=False))
+
+
+def label_by_blocks(inputs: Inputs) -> Answer:
+    """The same over blocks of rows; the square of a row changes no order, so it comes last."""
+    squares, found = [], []
+    for rows in flat(inputs.features).split(4096):
+        less = torch.addmm(inputs.anchors.square().sum(1), rows, inputs.anchors.T, alpha=-2)
+        two = less.topk(2, largest=False)
+        squares.append(two.values + rows.square().sum(1, keepdim=True))
+        found.append(two.indices)
+    return of_two(torch.cat(squares).clamp(min=0).sqrt(), torch.cat(found))
 
 
 def label_by_faiss(inputs: Inputs) -> Answer:
@@ -118,7 +174,16 @@ def label_by_faiss(inputs: Inputs) -> Answer:
     index = faiss.IndexFlatL2(inputs.features.shape[1])
     index.add(inputs.anchors.numpy())
     squared, found = index.search(flat(inputs.features).numpy(), 2)
-    return by_two(torch.from_numpy(squared).clamp(min=0).sqrt(), torch.from_numpy(found))
+    return of_two(torch.from_numpy(squared).clamp(min=0).sqrt(), torch.from_numpy(found))
+
+
+def label_by_keops(inputs: Inputs) -> Answer:
+    """A symbolic matrix of distances, reduced to the two smallest of each row."""
+    from pykeops.torch import LazyTensor  # type: ignore[import-not-found]
+
+    rows, anchors = LazyTensor(flat(inputs.features)[:, None]), LazyTensor(inputs.anchors[None])
+    squared, found = ((rows - anchors) ** 2).sum(-1).Kmin_argKmin(2, dim=1)
+    return of_two(squared.sqrt(), found)
 
 
 # -------------------------------------------------------------------------------------- class sums
@@ -147,6 +212,17 @@ def sums_by_index_add(inputs: Inputs) -> Answer:
     return total[:classes], torch.bincount(labels, minlength=classes + 1)[:classes]
 
 
+def sums_by_product(inputs: Inputs) -> Answer:
+    """Labels as one-hot vectors, and one product for each image."""
+    classes, features = len(inputs.anchors), inputs.features
+    members = F.one_hot(inputs.labels.clamp(max=classes), classes + 1)[..., :classes]
+    weights = members.to(features.dtype)
+    if features.dim() == 2:
+        return weights.T @ features, members.sum(0)
+    parts = [w.flatten(0, -2).T @ x.flatten(1).T for w, x in zip(weights, features, strict=True)]
+    return torch.stack(parts).sum(0), members.flatten(0, -2).sum(0)
+
+
 # ------------------------------------------------------------------------------------------ losses
 
 
@@ -155,110 +231,148 @@ def copy(inputs: Inputs) -> Answer:
     return (inputs.features.clone(),)
 
 
-def with_gradient(loss: Callable[[Tensor], Tensor], features: Tensor) -> Answer:
-    """A loss and its gradient in the features."""
-    features = features.detach().requires_grad_()
-    value = loss(features)
-    (gradient,) = torch.autograd.grad(value, features)
+def with_gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Answer:
+    """A loss and its gradient in the features, scaled up: float16 could not hold it otherwise."""
+    features = inputs.features.detach().requires_grad_()
+    value = loss(features, inputs.labels, inputs.anchors)
+    (gradient,) = torch.autograd.grad(value, features, torch.full_like(value, 2.0**15))
     return value.detach(), gradient
 
 
-def distance(inputs: Inputs) -> Answer:
-    """What a user of the library calls."""
-    return with_gradient(
-        lambda x: anchorda.anchor_distance_loss(x, inputs.labels, inputs.anchors), inputs.features
-    )
+def distance_by_mask(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    """The active pixels picked out by boolean indexing."""
+    active = labels < len(anchors)
+    return (features.movedim(1, -1)[active] - anchors[labels[active]]).norm(dim=1).mean()
 
 
-def distance_by_mask(inputs: Inputs) -> Answer:
-    """Boolean indexing."""
-    active = inputs.labels < len(inputs.anchors)
-    return with_gradient(
-        lambda x: (
-            (x.movedim(1, -1)[active] - inputs.anchors[inputs.labels[active]]).norm(dim=1).mean()
-        ),
-        inputs.features,
-    )
-
-
-def distance_by_gather(inputs: Inputs) -> Answer:
+def distance_by_gather(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """The anchor of every pixel, gathered."""
-    active = inputs.labels < len(inputs.anchors)
-    chosen = inputs.anchors[inputs.labels.where(active, 0)].movedim(-1, 1)
-    return with_gradient(
-        lambda x: torch.where(active, (x - chosen).norm(dim=1), 0).sum() / active.sum(),
-        inputs.features,
-    )
+    active = labels < len(anchors)
+    chosen = anchors[labels.where(active, 0)].movedim(-1, 1)
+    return torch.where(active, (features - chosen).norm(dim=1), 0).sum() / active.sum()
 
 
-def contrast(inputs: Inputs) -> Answer:
-    """What a user of the library calls."""
-    return with_gradient(
-        lambda x: anchorda.anchor_contrastive_loss(x, inputs.labels, inputs.anchors),
-        inputs.features,
-    )
-
-
-def contrast_by_cdist(inputs: Inputs) -> Answer:
+def contrast_by_cdist(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """The obvious way."""
-    return with_gradient(
-        lambda x: torch.nn.functional.cross_entropy(
-            -torch.cdist(flat(x), inputs.anchors), inputs.labels.flatten(), ignore_index=255
-        ),
-        inputs.features,
-    )
+    logits = -torch.cdist(flat(features), anchors)
+    loss: Tensor = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE)
+    return loss
+
+
+# --------------------------------------------------------------------------------------- operators
+
+
+class Operator(NamedTuple):
+    """Who takes part."""
+
+    floor_name: str
+    floor: Contender
+    truth: Contender
+    """In float64; not ours."""
+    contenders: dict[str, Contender]
+
+    def alone(self) -> "Operator":
+        """Ours without the others."""
+        return self._replace(contenders={OURS: self.contenders[OURS]})
+
+
+OPERATORS = {
+    "labeling": Operator(
+        *("product", product, label_by_cdist),
+        {
+            OURS: label,
+            "loop over classes": label_by_loop,
+            "torch.cdist + topk": label_by_cdist,
+            "formula + topk": lambda i: label_by_formula(i.features, i.anchors),
+            "formula + topk in blocks": label_by_blocks,
+        },
+    ),
+    "class sums": Operator(
+        *("product", product, sums_by_index_add),
+        {
+            OURS: sums,
+            "loop over classes": sums_by_loop,
+            "index_add": sums_by_index_add,
+            "one-hot product": sums_by_product,
+        },
+    ),
+    "distance loss": Operator(
+        *("copy", copy, partial(with_gradient, distance_by_gather)),
+        {
+            OURS: partial(with_gradient, anchorda.anchor_distance_loss),
+            "boolean mask": partial(with_gradient, distance_by_mask),
+            "gather": partial(with_gradient, distance_by_gather),
+        },
+    ),
+    "contrastive loss": Operator(
+        *("copy", copy, partial(with_gradient, contrast_by_cdist)),
+        {
+            OURS: partial(with_gradient, anchorda.anchor_contrastive_loss),
+            "torch.cdist": partial(with_gradient, contrast_by_cdist),
+        },
+    ),
+}
+
+
+def optional_labelers(device: str) -> dict[str, Contender]:
+    """What labels by means that are not everywhere."""
+    found: dict[str, Contender] = {}
+    has_compiler = shutil.which("c++") is not None
+    if has_compiler or device == "cuda":
+        compiled = torch.compile(label_by_formula, dynamic=False)
+        found["formula + topk, compiled"] = lambda i: compiled(i.features, i.anchors)
+    if importlib.util.find_spec("faiss") is not None and device == "cpu":
+        found["faiss, flat index"] = label_by_faiss
+    if importlib.util.find_spec("pykeops") is not None and has_compiler:
+        found["PyKeOps"] = label_by_keops
+    return found
 
 
 # --------------------------------------------------------------------------------------- measuring
 
 
-def contenders(device: str) -> dict[str, tuple[str, Contender, dict[str, Contender]]]:
-    """For every operator the floor's name, the floor, and who takes part."""
-    labeling: dict[str, Contender] = {
-        OURS: label,
-        "loop over classes": label_by_loop,
-        "torch.cdist + topk": label_by_cdist,
-        "formula + topk": lambda i: label_by_formula(i.features, i.anchors),
-    }
-    if shutil.which("c++") or device == "cuda":
-        compiled = torch.compile(label_by_formula, dynamic=False)
-        labeling["formula + topk, compiled"] = lambda i: compiled(i.features, i.anchors)
-    if importlib.util.find_spec("faiss") is not None and device == "cpu":
-        labeling["faiss, flat index"] = label_by_faiss
-    return {
-        "labeling": ("product", product, labeling),
-        "class sums": (
-            *("product", product),
-            {OURS: sums, "loop over classes": sums_by_loop, "index_add": sums_by_index_add},
-        ),
-        "distance loss": (
-            *("copy", copy),
-            {OURS: distance, "boolean mask": distance_by_mask, "gather": distance_by_gather},
-        ),
-        "contrastive loss": ("copy", copy, {OURS: contrast, "torch.cdist": contrast_by_cdist}),
-    }
+class Measurement(NamedTuple):
+    """One contender, or the floor, on one case. The docstring above explains the fields."""
+
+    operator: str
+    contender: str
+    ms: float
+    low: float
+    high: float
+    ratio: float
+    floor: str
+    memory: float
+    features: str
+    layout: str
+    dtype: str
+    pixels: int
+    dim: int
+    classes: int
 
 
 def is_right(answer: Answer, truth: Answer) -> bool:
-    """Whether an answer is the truth's to the precision of float32; labels, but for a few ties."""
+    """Whether an answer is the truth's to float32's precision or its own; a few ties are let go."""
     for got, expected in zip(answer, truth, strict=True):
         if got.shape != expected.shape:
             return False
         if not expected.is_floating_point():
             if (got != expected).sum() > 1e-4 * got.numel():
                 return False
-        elif (got.double() - expected).abs().max() > 1e-3 * expected.abs().max():
+            continue
+        allowed = max(1e-3, torch.finfo(got.dtype).eps) * expected.abs().max()
+        if not (got.double() - expected).abs().max() <= allowed:  # nor is a NaN right
             return False
     return True
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The memory that a call takes at its peak, beyond what was there."""
+    """The memory that torch allocates for a call at its peak, beyond what was there."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
     with profile(profile_memory=True) as recorded:
         run()
     held = peak = 0
@@ -271,7 +385,9 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 def milliseconds(run: Callable[[], object], device: str) -> float:
-    """Of one call."""
+    """Of one call, from an idle device to an idle device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
     begun = time.perf_counter()
     run()
     if device == "cuda":
@@ -279,77 +395,185 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
     return 1000 * (time.perf_counter() - begun)
 
 
-Row = dict[str, object]
-
-
-def measure(name: str, inputs: Inputs, options: argparse.Namespace) -> list[Row]:
-    """One operator at one size: a row for the floor and for every contender that is right."""
-    floor_name, floor, all_runs = contenders(options.device)[name]
-    truth = all_runs[OURS](inputs.double())
-    runs: dict[str, Contender] = {floor_name: floor}
-    for who, run in all_runs.items():
-        if who == OURS or is_right(run(inputs), truth):
-            runs[who] = run
+def right_ones(name: str, operator: Operator, inputs: Inputs) -> dict[str, Contender]:
+    """The contenders whose answers are right; that ours are is taken for granted nowhere."""
+    truth, right = operator.truth(inputs.double()), {}
+    for who, run in operator.contenders.items():
+        if is_right(run(inputs), truth):
+            right[who] = run
+        elif who == OURS:
+            raise AssertionError(f"{name}: our own answers differ")
         else:
             print(f"{name}: {who} is left out, its answers differ", flush=True)
-    assert is_right(all_runs[OURS](inputs), truth), f"{name}: our own answers differ"
-    times: Mapping[str, list[float]] = {who: [] for who in runs}
-    for _ in range(options.repeats):
-        for who, run in runs.items():
-            times[who].append(milliseconds(partial(run, inputs), options.device))
-    base = statistics.median(times[floor_name])
-    size = inputs.features.numel() * inputs.features.element_size()
-    rows: list[Row] = []
-    for who, run in runs.items():
+    return right
+
+
+def measure(
+    name: str, operator: Operator, case: Case, device: str, repeats: int
+) -> list[Measurement]:
+    """One operator on one case: the floor, and every contender that is right."""
+    inputs = draw(case, device)
+    runs = {operator.floor_name: operator.floor, **right_ones(name, operator, inputs)}
+    calls = {who: partial(run, inputs) for who, run in runs.items()}
+    times: dict[str, list[float]] = {who: [] for who in calls}
+    for turn in range(WARM_UPS + repeats):
+        for who, call in calls.items():
+            took = milliseconds(call, device)
+            if turn >= WARM_UPS:
+                times[who].append(took)
+    base = statistics.median(times[operator.floor_name])
+    rows = []
+    for who, call in calls.items():
         ordered = sorted(times[who])
+        tenth = len(ordered) // 10
         rows.append(
-            {
-                "operator": name,
-                "contender": who,
-                "ms": statistics.median(ordered),
-                "low": ordered[len(ordered) // 10],
-                "high": ordered[-1 - len(ordered) // 10],
-                "ratio": statistics.median(ordered) / base,
-                "floor": floor_name,
-                "memory": peak_bytes(partial(run, inputs), options.device) / size,
-                "features": "x".join(map(str, inputs.features.shape)),
-                "classes": len(inputs.anchors),
-            }
+            Measurement(
+                operator=name,
+                contender=who,
+                ms=statistics.median(ordered),
+                low=ordered[tenth],
+                high=ordered[-1 - tenth],
+                ratio=statistics.median(ordered) / base,
+                floor=operator.floor_name,
+                memory=peak_bytes(call, device) / inputs.features.nbytes,
+                features="×".join(map(str, inputs.features.shape)),
+                layout=case.layout,
+                dtype=case.dtype,
+                pixels=inputs.labels.numel(),
+                dim=case.dim,
+                classes=case.classes,
+            )
         )
     return rows
 
 
-def table(rows: list[Row], columns: tuple[str, ...]) -> str:
-    """Rows of measurements in Markdown."""
+def layouts(shape: tuple[int, ...]) -> list[Case]:
+    """Every layout in every dtype."""
+    return [
+        Case(of_labels, layout=layout, dtype=dtype)
+        for dtype in ("float32", "bfloat16", "float16")
+        for of_labels, layout in (
+            *((shape, "NCHW"), (shape, "channels-last")),
+            ((math.prod(shape),), "(P, D)"),
+        )
+    ]
+
+
+def sweeps(shape: tuple[int, int, int]) -> dict[str, list[Case]]:
+    """More and more pixels, channels and classes."""
+    n, h, w = shape
+    shapes = [(1, h // 4, w // 4), (1, h // 2, w // 2), (1, h, w), shape, (2 * n, h, w)]
+    half = (math.ceil(n / 2), h, w)  # the widest features fill as much memory as four such halves
+    return {
+        "pixels": [Case(some) for some in dict.fromkeys(shapes)],
+        "dim": [Case(half, dim=dim) for dim in (64, 128, 255, 256, 512, 1024, 2048)],
+        "classes": [Case(shape, classes=classes) for classes in (2, 19, 64, 150, 256)],
+    }
+
+
+# --------------------------------------------------------------------------------------- reporting
+
+
+def contender_table(rows: list[Measurement]) -> str:
+    """All there is about each contender."""
+    head = ["operator", "contender", "ms, median (10–90 %)", "ratio", "extra memory"]
     body = [
         [
-            *(str(row[column]) for column in columns),
-            f"{row['ms']:.1f} ({row['low']:.1f}–{row['high']:.1f})",
-            f"{row['ratio']:.2f} × {row['floor']}",
-            f"{100 * float(str(row['memory'])):.0f} %",
+            *(row.operator, row.contender, f"{row.ms:.2f} ({row.low:.2f}–{row.high:.2f})"),
+            *(f"{row.ratio:.2f} × {row.floor}", f"{100 * row.memory:.0f} %"),
         ]
         for row in rows
     ]
-    return markdown([*columns, "ms, median (10–90 %)", "ratio", "extra memory"], body)
+    return markdown(head, body)
 
 
-def save_plot(path: Path, rows: list[Row]) -> None:
-    """A bar of every ratio, by operator."""
-    names = list(dict.fromkeys(str(row["operator"]) for row in rows))
-    figure = Figure((11, 0.6 + 0.3 * len(rows)), dpi=120, layout="constrained")
-    counts = [sum(row["operator"] == name for row in rows) for name in names]
-    grid = figure.subplots(len(names), 1, squeeze=False, height_ratios=counts)
-    for axes, name in zip(grid.flat, names, strict=True):
-        chosen = [row for row in rows if row["operator"] == name][::-1]
-        ratios = [float(str(row["ratio"])) for row in chosen]
-        colors = ["C1" if row["contender"] == OURS else "0.7" for row in chosen]
-        bars = axes.barh([str(row["contender"]) for row in chosen], ratios, color=colors)
-        axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3)
-        axes.set_title(
-            f"{name}, as a multiple of the {chosen[0]['floor']}", fontsize=10, loc="left"
-        )
-        axes.margins(x=0.08)
-        axes.spines[["top", "right"]].set_visible(False)
+def our_table(rows: list[Measurement], down: tuple[str, ...], across: str) -> str:
+    """Ratio, milliseconds and extra memory of ours, by the fields that go down and across."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        if row.contender == OURS:
+            line = cells.setdefault(tuple(str(getattr(row, field)) for field in down), {})
+            ratio = f"{row.ratio:.2f} × {row.floor}"
+            line[getattr(row, across)] = f"{ratio}, {row.ms:.2f} ms, {100 * row.memory:.0f} %"
+    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+    body = [[*key, *(line[column] for column in columns)] for key, line in cells.items()]
+    return markdown([*down, *columns], body)
+
+
+def place(device: str) -> dict[str, str]:
+    """Where it was measured."""
+    machine = platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    elif cpu.is_file():
+        lines = (line.partition(":") for line in cpu.read_text("utf-8").splitlines())
+        names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
+        machine = names[0] if names else machine
+    return {
+        "machine": machine,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "anchorda": anchorda.__version__,
+    }
+
+
+def save_csv(path: Path, tables: dict[str, list[Measurement]], where: dict[str, str]) -> None:
+    """A line for each measurement."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["table", *Measurement._fields, *where])
+        writer.writeheader()
+        for table, rows in tables.items():
+            writer.writerows({"table": table} | row._asdict() | where for row in rows)
+
+
+def plot_contenders(axes: Axes, rows: list[Measurement]) -> None:
+    """A bar for each ratio of one operator."""
+    rows = rows[::-1]
+    colors = ["C1" if row.contender == OURS else "0.7" for row in rows]
+    bars = axes.barh([row.contender for row in rows], [row.ratio for row in rows], color=colors)
+    axes.bar_label(bars, [f"{row.ratio:.1f}" for row in rows], padding=3)
+    title = f"{rows[0].operator}, as a multiple of the {rows[0].floor}"
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.margins(x=0.08)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_sweep(axes: Axes, rows: list[Measurement], field: str) -> None:
+    """A line of our ratios for each operator."""
+    for name in OPERATORS:
+        ours = [row for row in rows if row.operator == name and row.contender == OURS]
+        x = [getattr(row, field) for row in ours]
+        axes.plot(x, [row.ratio for row in ours], "o-", label=f"{name} / {ours[0].floor}")
+    axes.axhline(1, color="0.5", linewidth=1, linestyle="--")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    names = {"pixels": "pixels P", "dim": "channels D", "classes": "classes C"}
+    axes.set_xlabel(names[field])
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_plot(path: Path, tables: dict[str, list[Measurement]]) -> None:
+    """Contenders above, and below how ours scale."""
+    by_operator = {
+        name: [r for r in tables["contenders"] if r.operator == name] for name in OPERATORS
+    }
+    heights = [len(rows) + 1 for rows in by_operator.values()]
+    above, below = 0.3 * sum(heights), 3.4
+    figure = Figure((11, above + below), dpi=120, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[above, below]).flat
+    bars = upper.subplots(len(heights), 1, height_ratios=heights)
+    for axes, rows in zip(bars, by_operator.values(), strict=True):
+        plot_contenders(axes, rows)
+    fields = ("pixels", "dim", "classes")
+    lines = lower.subplots(1, len(fields), sharey=True)
+    for axes, field in zip(lines, fields, strict=True):
+        plot_sweep(axes, tables[field], field)
+    lines[0].set_ylabel(f"{OURS}, as a multiple of the floor")
+    lower.legend(*lines[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
@@ -358,37 +582,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the operators cost.")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--pixels", type=int, nargs=3, default=(2, 128, 224), metavar="N H W")
+    parser.add_argument("--repeats", type=int, help="15 on a CPU, 100 on CUDA")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    device, shape = options.device, tuple(options.pixels)
+    repeats = options.repeats or (100 if device == "cuda" else 15)
+    where = place(device)
+    print(", ".join(f"{key} {value}" for key, value in where.items()) + "\n", flush=True)
 
-    inputs = draw((2, 128, 224), 256, 19, options)
-    rows = [row for name in contenders("cpu") for row in measure(name, inputs, options)]
-    print(table(rows, ("operator", "contender")), flush=True)
-    sizes: list[tuple[tuple[int, ...], int, int]] = [
-        *(((2, 128, 224), dim, classes) for dim, classes in ((64, 19), (255, 19), (256, 150))),
-        *(((2, 64, 112), 1024, 19), ((1, 64, 112), 256, 19), ((57344,), 256, 19)),
-    ]
-    scaling = []
-    for pixels, dim, classes in sizes:
-        inputs = draw(pixels, dim, classes, options)
-        for name in ("labeling", "class sums", "distance loss"):
-            found = measure(name, inputs, options)
-            scaling += [row for row in found if row["contender"] in (OURS, row["floor"])]
-    ours = [row for row in scaling if row["contender"] == OURS]
-    print("\n" + table(ours, ("operator", "features", "classes")), flush=True)
+    labeling = OPERATORS["labeling"]
+    more = labeling._replace(contenders=labeling.contenders | optional_labelers(device))
+    tables: dict[str, list[Measurement]] = {"contenders": []}
+    for name, operator in (OPERATORS | {"labeling": more}).items():
+        tables["contenders"] += measure(name, operator, Case(shape), device, repeats)
+    first = tables["contenders"][0]
+    print(f"Features {first.features}, {first.dtype}, {first.classes} classes:\n")
+    print(contender_table(tables["contenders"]), flush=True)
 
-    where = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-    where |= {"threads": str(torch.get_num_threads()), "dtype": options.dtype}
-    if options.device == "cuda":
-        where["machine"] = torch.cuda.get_device_name()
-    with (options.output / "operators.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows(row | where for row in rows + scaling)
-    save_plot(options.output / "operators.png", rows)
+    for table, cases in {"layouts": layouts(shape), **sweeps(shape)}.items():
+        tables[table] = [
+            row
+            for name, operator in OPERATORS.items()
+            for case in cases
+            for row in measure(name, operator.alone(), case, device, repeats)
+        ]
+    print("\nBy layout and dtype: ratio, median, extra memory:\n")
+    print(our_table(tables["layouts"], ("operator", "layout"), "dtype"))
+    print("\nBy pixels, channels and classes, likewise:\n")
+    scaling = tables["pixels"] + tables["dim"] + tables["classes"]
+    print(our_table(scaling, ("features", "classes"), "operator"), flush=True)
+
+    save_csv(options.output / "operators.csv", tables, where)
+    save_plot(options.output / "operators.png", tables)
 
 
 if __name__ == "__main__":

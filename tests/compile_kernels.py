@@ -18,7 +18,7 @@ BLOCKS = {"stride_pixel": 1, "BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 32}
 
 
 def compile_for(
-    capability: int, kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object]
+    capability: int, kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, int]
 ) -> None:
     """Compile one kernel to machine code, and print its name and size."""
     constants = {**BLOCKS, **constants}

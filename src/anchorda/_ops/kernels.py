@@ -162,7 +162,7 @@ def _points(anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _block(num_classes: int) -> int:
-    return max(16, triton.next_power_of_2(num_classes))
+    return max(16, 1 << (num_classes - 1).bit_length())
 
 
 def _processors(device: torch.device) -> int:
