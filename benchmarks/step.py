@@ -1,4 +1,4 @@
-"""One step of a stage of the example: operations, seconds, the blocks' share, peak memory.
+"""One step of a stage of the example, with anchorda's blocks and with the same written by hand.
 
     python benchmarks/step.py                                        # the small network
     python benchmarks/step.py --preset gta5                          # the paper's, best on a GPU
@@ -6,25 +6,31 @@
     python benchmarks/step.py --preset gta5 --stage-batch 1          # the same on a CPU
 
 Images are drawn, not read; all that a step of the example does with them is timed: labeling by the
-frozen network, augmentation, losses, gradients, the optimizer. The blocks are then timed alone, on
-features and logits of the same sizes: both pseudo-labelers, the filters over labels, and the losses
-with their gradients. The row, in Markdown, goes to the terminal.
+frozen network, augmentation, losses, gradients, the optimizer. By hand means the usual way: a
+distance map for each class, boolean masks, torch's cross-entropy. The terms of the loss have to be
+those of the example's own step with either, or nothing is reported. The blocks are then timed
+alone, on features and logits of the same sizes: both pseudo-labelers, the filters over labels, and
+the losses with their gradients. With and without take turns. A row for each, in Markdown, goes to
+the terminal: operations of the networks, seconds as median (least–most), and the memory that torch
+allocates in a step beyond the weights and the optimizer's state.
 """
 
-import resource
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gta5_to_cityscapes"))
 
 import torch
+import torch.nn.functional as F
 import train
 from classes import IGNORE, NUM_CLASSES
-from loop import Objective, back_propagate
+from loop import Batch, Objective, Term, back_propagate
 from network import Segmenter
+from operators import distance_by_mask, milliseconds, nearest_by_loop, peak_bytes
 from seeds import markdown
 from settings import Settings, parse_settings
 from torch import Tensor, nn
@@ -33,109 +39,245 @@ from torch.utils.flop_counter import FlopCounterMode
 import anchorda
 
 REPEATS = 7
+WARM_UPS = 2
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> list[float]:
-    """Of every repeat, after a first that is not counted."""
-    times = []
-    for _ in range(REPEATS + 1):
-        begun = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return times[1:]
+class Blocks(NamedTuple):
+    """What a step of the example takes from the library; labels are 255 where they are ignored."""
+
+    label_by_anchor: Callable[[anchorda.StageLabeler, Tensor], Tensor]
+    """Of features."""
+    label_by_probability: Callable[[anchorda.StageLabeler, Tensor], Tensor]
+    """Of logits."""
+    resize_labels: Callable[[Tensor, torch.Size], Tensor]
+    keep_correct: Callable[[Tensor, Tensor], Tensor]
+    """Labels, where the logits agree."""
+    classify: Callable[[Tensor, Tensor], Tensor]
+    """The loss of logits for labels."""
+    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """The loss of features for labels and anchors."""
 
 
-def drawn_stage(network: Segmenter, settings: Settings) -> train.Stage:
-    """A stage with anchors drawn around zero, which label about half of the pixels."""
+WITH_ANCHORDA = Blocks(
+    lambda stage, features: stage.by_anchor(features, stage.centroids).labels,
+    lambda stage, logits: stage.by_probability(logits).labels,
+    anchorda.resize_labels,
+    anchorda.keep_correct,
+    anchorda.discriminative_loss,
+    anchorda.anchor_distance_loss,
+)
+
+
+def anchor_labels_by_hand(stage: anchorda.StageLabeler, features: Tensor) -> Tensor:
+    """A distance map for each class."""
+    nearest, margin = nearest_by_loop(features.float(), stage.centroids)
+    return torch.where(margin > stage.by_anchor.min_margin, nearest, IGNORE)
+
+
+def probability_labels_by_hand(stage: anchorda.StageLabeler, logits: Tensor) -> Tensor:
+    """The largest of the softmax."""
+    probability, best = logits.float().softmax(dim=1).max(dim=1)
+    return torch.where(probability > stage.by_probability.min_probability, best, IGNORE)
+
+
+BY_HAND = Blocks(
+    anchor_labels_by_hand,
+    probability_labels_by_hand,
+    lambda labels, size: F.interpolate(labels[:, None].float(), size)[:, 0].long(),
+    lambda labels, logits: labels.where(logits.argmax(dim=1) == labels, IGNORE),
+    lambda logits, labels: F.cross_entropy(logits.float(), labels, ignore_index=IGNORE),
+    lambda features, labels, anchors: distance_by_mask(features.float(), labels, anchors),
+)
+WAYS = {"anchorda": WITH_ANCHORDA, "by hand": BY_HAND}
+
+
+def pseudo_labels(
+    blocks: Blocks, stage: anchorda.StageLabeler, features: Tensor, logits: Tensor
+) -> dict[str, Tensor]:
+    """Both label maps of the target."""
+    return {
+        "anchor": blocks.label_by_anchor(stage, features),
+        "probability": blocks.label_by_probability(stage, logits),
+    }
+
+
+def block_losses(
+    blocks: Blocks,
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    pseudo: Mapping[str, Tensor],
+    anchors: Tensor,
+    weight: float,
+) -> dict[str, Tensor]:
+    """The losses at the resolution of the features; half of the images are source, half target."""
+    source, target = features.chunk(2)
+    source_logits, target_logits = logits.chunk(2)
+    resized = blocks.resize_labels(labels, features.shape[2:])
+    correct = blocks.keep_correct(resized, source_logits)
+    losses = {"source distance": weight * blocks.pull(source, correct, anchors)}
+    for kind, guess in pseudo.items():
+        losses[f"{kind} labels"] = blocks.classify(target_logits, guess) / len(pseudo)
+        losses[f"{kind} distance"] = weight * blocks.pull(target, guess, anchors) / len(pseudo)
+    return losses
+
+
+def step_losses(
+    networks: nn.ModuleDict,
+    batch: Batch,
+    *,
+    blocks: Blocks,
+    stage: anchorda.StageLabeler,
+    settings: Settings,
+) -> dict[str, Term]:
+    """What `train.paper_losses` computes, with exchangeable blocks."""
+    source, labels, target = batch
+    with torch.no_grad():
+        pseudo = pseudo_labels(blocks, stage, *train.segment(stage.network, target, settings))
+    network, both = networks["network"], torch.cat([source, target])
+    features, logits = train.segment(network, train.augment(both, settings), settings)
+    whole = train.enlarge(network, logits[: len(source)], labels.shape[1:])
+    losses = {"source": blocks.classify(whole, labels)} | block_losses(
+        blocks, features, logits, labels, pseudo, stage.centroids, settings.distance_weight
+    )
+    return {name: Term(loss, loss.new_ones(())) for name, loss in losses.items()}
+
+
+def blocks_alone(
+    blocks: Blocks,
+    stage: anchorda.StageLabeler,
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: float,
+) -> None:
+    """What of a step is the blocks', on what the networks have come to; gradients included."""
+    pseudo = pseudo_labels(blocks, stage, features.chunk(2)[1], logits.chunk(2)[1])
+    features = features.detach().requires_grad_()
+    logits = logits.detach().requires_grad_()
+    losses = block_losses(blocks, features, logits, labels, pseudo, stage.centroids, weight)
+    torch.stack([*losses.values()]).sum().backward()
+
+
+def drawn_stage(network: Segmenter, images: Tensor, settings: Settings) -> train.Stage:
+    """A stage with drawn anchors, and minimums that half of the pixels of the images exceed."""
     anchors = torch.rand(NUM_CLASSES, network.feature_dim, device=settings.device)
     labeler = anchorda.StageLabeler(
         network, anchors, extract=lambda net, images: train.segment(net, images, settings)
     )
+    _, by_anchor, by_probability = labeler(images)
+    labeler.by_anchor = anchorda.AnchorPseudoLabeler(by_anchor.scores.median())
+    labeler.by_probability = anchorda.ProbabilityPseudoLabeler(by_probability.scores.median())
     counts = torch.ones(NUM_CLASSES, dtype=torch.int64, device=settings.device)
     return train.Stage(labeler, counts)
 
 
-def blocks(
-    features: Tensor, logits: Tensor, labels: Tensor, anchors: Tensor, weight: float
-) -> None:
-    """What of a step is anchorda's, with half of the images as source and half as target."""
-    source, target = features.detach().chunk(2)
-    by_anchor = anchorda.AnchorPseudoLabeler(0.0)(target, anchors).labels
-    by_probability = anchorda.ProbabilityPseudoLabeler(0.1)(logits.detach().chunk(2)[1]).labels
-    features = features.detach().requires_grad_()
-    logits = logits.detach().requires_grad_()
-    source, target = features.chunk(2)
-    source_logits, target_logits = logits.chunk(2)
-    resized = anchorda.resize_labels(labels, features.shape[2:])
-    correct = anchorda.keep_correct(resized, source_logits)
-    loss = weight * anchorda.anchor_distance_loss(source, correct, anchors)
-    for guess in (by_anchor, by_probability):
-        loss = loss + anchorda.discriminative_loss(target_logits, guess)
-        loss = loss + weight * anchorda.anchor_distance_loss(target, guess, anchors)
-    loss.backward()
-
-
-def main() -> None:
-    """Print the row."""
-    settings = parse_settings(sys.argv[1:])
-    device = torch.device(settings.device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    network = train.new_network(settings)
-    stage = drawn_stage(network, settings)
-    optimizer, _ = train.make_optimizer(network, settings.stage_learning_rate, 10, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+def drawn_batch(settings: Settings) -> list[Tensor]:
+    """Source images, their labels, an eighth of them ignored, and target images."""
     count, (height, width) = settings.stage_batch, settings.crop
-    source, target = torch.rand(2, count, 3, height, width, device=device).unbind()
-    labels = torch.randint(NUM_CLASSES, (count, height, width), device=device)
+    source, target = torch.rand(2, count, 3, height, width, device=settings.device).unbind()
+    labels = torch.randint(NUM_CLASSES, (count, height, width), device=settings.device)
     labels[:, : height // 8] = IGNORE
+    return [source, labels, target]
 
-    objective = Objective(
-        nn.ModuleDict({"network": network}),
-        lambda networks, batch: train.paper_losses(
-            networks, batch, stage=stage, class_weight=None, settings=settings
-        ),
-    ).train()
 
-    def step() -> None:
-        back_propagate(objective, [source, labels, target], settings.accumulate, scaler)
+@torch.no_grad()
+def check_losses(objectives: Mapping[str, Objective], batch: Batch) -> None:
+    """Every objective has to have the terms of the first, with the same random numbers."""
+    values = {}
+    for who, objective in objectives.items():
+        torch.manual_seed(0)
+        values[who] = {name: term.loss.float() for name, term in objective(batch).items()}
+    first = next(iter(values.values()))
+    for who, terms in values.items():
+        for name, loss in terms.items():
+            # A pixel at the very minimum may be labeled by one and not by the other.
+            close = torch.isclose(loss, first[name], rtol=2e-3, atol=0.0)
+            assert close, f"{who}: {name} is {loss:.6g}, in the example {first[name]:.6g}"
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
+    """Ascending seconds of every repeat, after some that are not counted."""
+    times: dict[str, list[float]] = {who: [] for who in runs}
+    for turn in range(WARM_UPS + REPEATS):
+        for who, run in runs.items():
+            took = milliseconds(run, device) / 1000
+            if turn >= WARM_UPS:
+                times[who].append(took)
+    return {who: sorted(of_one) for who, of_one in times.items()}
+
+
+def measure(settings: Settings) -> list[list[str]]:
+    """A row of the table for each way."""
+    device = torch.device(settings.device).type
+    network = train.new_network(settings)
+    batch = drawn_batch(settings)
+    stage = drawn_stage(network, batch[2], settings)
+    optimizer, _ = train.make_optimizer(network, settings.stage_learning_rate, 10, settings)
+    scaler = torch.amp.GradScaler(device, enabled=settings.precision == "float16")
+    networks = nn.ModuleDict({"network": network})
+    example = Objective(
+        networks, partial(train.paper_losses, stage=stage, class_weight=None, settings=settings)
+    )
+    ways = {
+        who: Objective(
+            networks,
+            partial(step_losses, blocks=blocks, stage=stage.labeler, settings=settings),
+        )
+        for who, blocks in WAYS.items()
+    }
+    networks.train()
+    check_losses({"the example": example, **ways}, batch)
+
+    def step(objective: Objective) -> None:
+        back_propagate(objective, batch, settings.accumulate, scaler)
         scaler.step(optimizer)
         optimizer.zero_grad()
         scaler.update()
 
-    with FlopCounterMode(display=False) as counter:
-        step()
-    operations = counter.get_total_flops() / 1e12
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    whole = seconds(step, device)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    steps = {who: partial(step, objective) for who, objective in ways.items()}
+    whole = in_turns(steps, device)
     with torch.no_grad():
-        features, logits = train.segment(network, torch.cat([source, target]), settings)
-    anchors, weight = stage.labeler.centroids, settings.distance_weight
-    alone = seconds(lambda: blocks(features, logits, labels, anchors, weight), device)
-    total, share = statistics.median(whole), statistics.median(alone)
-    print(
-        markdown(
-            [
-                *("network", "crops", "precision", "device", "10¹² operations"),
-                *("s a step", "blocks, s", "share", "GB"),
-            ],
-            [
-                [
-                    *(settings.network, f"{count} + {count} of {width}×{height}"),
-                    *(settings.precision, device.type, f"{operations:.3g}"),
-                    *(f"{total:.3f}", f"{share:.4f}"),
-                    *(f"{100 * share / total:.1f} %", f"{memory:.1f}"),
-                ]
-            ],
-        )
+        both = torch.cat([batch[0], batch[2]])
+        features, logits = train.segment(network, both, settings)
+    weight = settings.distance_weight
+    alone = in_turns(
+        {
+            who: partial(blocks_alone, blocks, stage.labeler, features, logits, batch[1], weight)
+            for who, blocks in WAYS.items()
+        },
+        device,
     )
+    count, (height, width) = settings.stage_batch, settings.crop
+    rows = []
+    for who, run in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        total, share = statistics.median(whole[who]), statistics.median(alone[who])
+        rows.append(
+            [
+                *(who, settings.network, f"{count} + {count} of {width}×{height}"),
+                *(settings.precision, device, f"{counter.get_total_flops() / 1e12:.3g}"),
+                f"{total:.3f} ({whole[who][0]:.3f}–{whole[who][-1]:.3f})",
+                f"{share:.4f} ({alone[who][0]:.4f}–{alone[who][-1]:.4f})",
+                *(f"{100 * share / total:.1f} %", f"{peak_bytes(run, device) / 1e9:.2f}"),
+            ]
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the rows."""
+    settings = parse_settings(sys.argv[1:])
+    if (settings.labels, settings.objective) != ("both", "paper"):
+        sys.exit("This is the step with --labels both and --objective paper alone.")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    head = [
+        *("blocks", "network", "crops", "precision", "device", "10¹² operations"),
+        *("s a step", "blocks alone, s", "share", "GB"),
+    ]
+    print(markdown(head, measure(settings)))
 
 
 if __name__ == "__main__":

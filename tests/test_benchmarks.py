@@ -1,0 +1,158 @@
+"""The benchmarks accept right answers, refuse wrong ones, and write down what they promise."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import operators
+import pytest
+import startup
+import step
+import torch
+from operators import OPERATORS, OURS, Answer, Case, Inputs, measure
+from settings import parse_settings
+
+SMALL = Case((2, 5, 7), dim=9, classes=4)
+CASES = [
+    SMALL,
+    SMALL._replace(layout="channels-last"),
+    SMALL._replace(shape=(70,), layout="(P, D)"),
+    SMALL._replace(dtype="bfloat16"),
+    SMALL._replace(dtype="float16", layout="channels-last"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}, {case.dtype}")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_ours_are_accepted_in_every_layout_and_dtype(name: str, case: Case) -> None:
+    floor, ours = measure(name, OPERATORS[name].alone(), case, "cpu", repeats=1)
+    assert (floor.contender, ours.contender) == (OPERATORS[name].floor_name, OURS)
+    assert floor.ratio == 1
+    assert ours.ratio == ours.ms / floor.ms
+    assert (ours.pixels, ours.dim, ours.classes) == (70, 9, 4)
+    inputs = operators.draw(case, "cpu")
+    assert inputs.features.dtype == inputs.anchors.dtype == getattr(torch, case.dtype)
+    assert (inputs.features.stride(1) == 1) == (case.layout != "NCHW")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_all_contenders_are_accepted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = measure(name, OPERATORS[name], SMALL, "cpu", repeats=1)
+    accepted = [row.contender for row in rows]
+    assert accepted == [OPERATORS[name].floor_name, *OPERATORS[name].contenders]
+    assert capsys.readouterr().out == ""
+
+
+def spoiled(part: int, value: float) -> operators.Contender:
+    """The class sums with one value of one part of them changed."""
+
+    def run(inputs: Inputs) -> Answer:
+        answer = [tensor.clone() for tensor in operators.sums(inputs)]
+        answer[part].view(-1)[3] = value
+        return tuple(answer)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        spoiled(0, 0.0),
+        spoiled(0, torch.nan),
+        spoiled(1, 0),
+        lambda inputs: tuple(tensor[:-1] for tensor in operators.sums(inputs)),
+    ],
+    ids=["a sum", "a NaN", "a count", "a shape"],
+)
+def test_a_wrong_contender_is_refused(
+    wrong: operators.Contender, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator = OPERATORS["class sums"].alone()
+    operator.contenders["wrong"] = wrong
+    rows = measure("class sums", operator, SMALL, "cpu", repeats=1)
+    assert [row.contender for row in rows] == ["product", OURS]
+    assert capsys.readouterr().out == "class sums: wrong is left out, its answers differ\n"
+
+
+def test_a_label_may_differ_only_where_its_margin_is_at_the_minimum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = operators.draw(SMALL, "cpu")
+    _, margins = operators.true_labels(inputs.double())
+    monkeypatch.setattr(operators, "MIN_MARGIN", margins[11].item())
+    truth = operators.true_labels(inputs.double())
+    labels, margins = operators.label(inputs)
+    for pixel in range(len(labels)):
+        others = labels.clone()
+        others[pixel] = 3 if labels[pixel] == 2 else 2
+        at_minimum = abs(margins[pixel] - margins[11]) <= 1e-3 * margins.max()
+        assert operators.is_right((others, margins), truth) == at_minimum
+    assert operators.is_right((labels, margins), truth)
+
+
+def test_ours_are_refused_too_where_they_are_wrong() -> None:
+    operator = OPERATORS["class sums"]._replace(contenders={OURS: spoiled(0, 0.0)})
+    with pytest.raises(AssertionError, match="our own answers differ"):
+        measure("class sums", operator, SMALL, "cpu", repeats=1)
+
+
+def test_peak_bytes_is_the_most_that_is_held_at_once() -> None:
+    def run() -> None:
+        first = torch.ones(1000)
+        second = torch.ones(500, dtype=torch.float64)
+        del first, second
+        torch.ones(1500)
+
+    assert operators.peak_bytes(run, "cpu") == 8000
+
+
+def test_a_run_writes_the_documented_columns_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operators, "optional_labelers", lambda device: {})  # one compiles
+    monkeypatch.setattr(operators, "WARM_UPS", 0)
+    few = {"pixels": CASES[:1], "dim": CASES[:1], "classes": CASES[:1]}
+    monkeypatch.setattr(operators, "sweeps", lambda shape: few)
+    arguments = ["--pixels", "1", "6", "7", "--repeats", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["operators.py", *arguments])
+    operators.main()
+
+    with (tmp_path / "operators.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    described = re.findall(r"^- ([\w, ]+):", operators.__doc__ or "", re.MULTILINE)
+    assert set(", ".join(described).split(", ")) == set(rows[0])
+    assert {row["table"] for row in rows} == {"contenders", "layouts", *few}
+    assert all(row["machine"] and row["torch"] == torch.__version__ for row in rows)
+    assert all(float(row["low"]) <= float(row["ms"]) <= float(row["high"]) for row in rows)
+    of_layouts = {(row["layout"], row["dtype"]) for row in rows if row["table"] == "layouts"}
+    assert len(of_layouts) == 9
+    assert (tmp_path / "operators.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert printed.count("| :-- |") == 3
+    assert rows[0]["machine"] in printed
+
+
+def test_sweeps_vary_one_thing_at_a_time() -> None:
+    for field, cases in operators.sweeps((2, 128, 224)).items():
+        varied = {"pixels": "shape", "dim": "dim", "classes": "classes"}[field]
+        first, *others = cases
+        assert len({getattr(case, varied) for case in cases}) == len(cases)
+        assert {case._replace(**{varied: getattr(first, varied)}) for case in others} == {first}
+
+
+def test_the_step_by_hand_is_the_example_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "REPEATS", 1)
+    settings = parse_settings(["--crop", "32", "48", "--device", "cpu"])
+    rows = step.measure(settings)
+    assert [row[0] for row in rows] == ["anchorda", "by hand"]
+
+    wrong = step.BY_HAND._replace(pull=lambda features, labels, anchors: features.mean())
+    monkeypatch.setattr(step, "WAYS", step.WAYS | {"by hand": wrong})
+    with pytest.raises(AssertionError, match="by hand: source distance is"):
+        step.measure(settings)
+
+
+def test_startup_measures_each_statement_in_a_fresh_interpreter() -> None:
+    first, second = startup.milliseconds("import json", "assert json")
+    assert min(first, second) > 0
