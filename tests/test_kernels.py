@@ -19,8 +19,8 @@ from anchorda._ops import reference
 from tests import oracles
 from tests.oracles import flat, lay_out, rows
 
-pytest.importorskip("triton", reason="Triton is not installed")
-from anchorda._ops import kernels
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from anchorda._ops import kernels  # noqa: E402
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = (
@@ -116,7 +116,7 @@ def test_of_equally_near_anchors_the_first_wins(device: str) -> None:
     assert scores[:2].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("nearness", [0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("nearness", [0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.5, 0.65, 0.8, 1.0, 3.0])
 def test_precision_near_an_anchor(nearness: float, device: str) -> None:
     # Norms up to 12 at 256 channels, as those of the released anchors.
     anchors = normalize(torch.randn(19, 256).abs(), dim=1) * torch.linspace(6.8, 12.4, 19)[:, None]
@@ -125,9 +125,9 @@ def test_precision_near_an_anchor(nearness: float, device: str) -> None:
     got = anchorda.AnchorPseudoLabeler()(features.to(device), anchors.to(device))
     ascending = np.sort(oracles.anchor_distances(rows(features), anchors.double().numpy()), axis=1)
     error = np.abs(got.scores.cpu().double().numpy() - (ascending[:, 1] - ascending[:, 0])).max()
-    # Measured with the interpreter: 2e-5 at 1.0, the nearest that products are used for. What the
-    # library promises is 1e-4.
-    assert error < 4e-5
+    # What the library promises. Measured with the interpreter: 2e-5, at 1.0. Tensor cores truncate
+    # where it rounds.
+    assert error < 1e-4
     assert torch.equal(got.labels.cpu(), own)
 
 
@@ -298,8 +298,9 @@ def test_offsets_beyond_32_bits(device: str) -> None:
         lambda x: lay_out(x, "transposed"),
         lambda x: x[:0],
         lambda x: x[:, :, :0],
+        lambda x: x[:, :1].expand(-1, 5, -1, -1),
     ],
-    ids=["float64", "strided", "transposed", "no image", "no pixel"],
+    ids=["float64", "strided", "transposed", "no image", "no pixel", "expanded"],
 )
 def test_what_they_do_not_take_falls_back(change: Callable[[Tensor], Tensor], device: str) -> None:
     features, _, anchors = draw((2, 6, 7), 5, 4, torch.float32, device)
@@ -316,10 +317,39 @@ def test_anchors_in_float64_fall_back(device: str) -> None:
     assert kernels.takes(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.bfloat16))
 
 
+def test_more_classes_than_fit_fall_back(device: str) -> None:
+    features = torch.ones(2, 3)
+    assert kernels.takes(features, num_classes=256)
+    assert not kernels.takes(features, num_classes=257)
+    anchors = torch.arange(257.0)[:, None].expand(257, 3)
+    labels = anchorda.AnchorPseudoLabeler(ignore_index=-1)(features.to(device), anchors.to(device))
+    assert labels.labels.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_images_that_lie_apart_in_memory(count: int, device: str) -> None:
+    features, labels, anchors = draw((2 * count, 3, 7), 33, 4, torch.float32, device)
+    for layout in VIEWABLE:
+        apart = lay_out(features, layout)[::2].detach().requires_grad_()
+        dense = apart.detach().contiguous().requires_grad_()
+        for got, expected in zip(
+            anchorda.AnchorPseudoLabeler(0.1)(apart, anchors),
+            anchorda.AnchorPseudoLabeler(0.1)(dense, anchors),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected)
+        gradients = [
+            torch.autograd.grad(anchorda.anchor_distance_loss(x, labels[::2], anchors), x)[0]
+            for x in (apart, dense)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A GPU as the dispatch sees it; what it says can be changed."""
-    seen = SimpleNamespace(capability=(9, 0))
+    seen = SimpleNamespace(capability=(9, 0), driver=SimpleNamespace(get_current_device=int))
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=seen.driver))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: seen.capability)
     _ops._kernels.cache_clear()
@@ -336,7 +366,15 @@ def test_dispatch(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None
     assert choose(cuda) is None
     gpu.capability = (8, 0)
     assert choose(cuda) is kernels
-    monkeypatch.setattr("triton.__version__", "2.3.1")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert choose(cuda) is None
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git1")
+    assert choose(cuda) is kernels
+
+    def without_compiler() -> int:
+        raise RuntimeError("Failed to find C compiler.")
+
+    gpu.driver.get_current_device = without_compiler
     assert choose(cuda) is None
     monkeypatch.undo()
     assert choose(cuda) is None  # no CUDA in this torch, or no GPU that is asked
@@ -359,7 +397,9 @@ def test_they_compile_for_a_gpu(capability: int) -> None:
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    assert len(ran.stdout.splitlines()) == 22
+    shared = [int(line.split()[1]) for line in ran.stdout.splitlines()]
+    assert len(shared) == 26
+    assert max(shared) <= 101_376  # of one block on the smallest of these GPUs
 
 
 @on_a_gpu

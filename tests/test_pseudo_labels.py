@@ -324,3 +324,21 @@ def test_infinity_is_never() -> None:
     features, anchors = torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     assert AnchorPseudoLabeler(INF, relative=True)(features, anchors).labels.tolist() == [255]
     assert ProbabilityPseudoLabeler(INF)(torch.tensor([[99.0, 0.0]])).labels.tolist() == [255]
+
+
+def test_no_gradient_comes_from_an_anchor_whatever_goes_in() -> None:
+    anchors = torch.randn(3, 5)
+    features = anchors[:1].clone().requires_grad_()
+    own = anchorda.anchor_distances(features, anchors)[0, 0]
+    (gradient,) = torch.autograd.grad(own.sqrt(), features)  # infinite where the distance is 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 4)])
+def test_features_without_channels(shape: tuple[int, ...]) -> None:
+    features = torch.empty(shape[0], 0, *shape[1:])
+    anchors = torch.empty(4, 0)
+    assert (anchorda.anchor_distances(features, anchors) == 0).all()
+    labels, scores = AnchorPseudoLabeler(-INF)(features, anchors)
+    assert (labels == 0).all()
+    assert (scores == 0).all()

@@ -46,8 +46,8 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> ClassSums:
     .. math:: s_c = \sum_{i : y_i = c} x_i, \qquad n_c = |\{i : y_i = c\}|
 
     Labels outside ``[0, num_classes)`` are ignored, and so is a feature that holds a NaN or an
-    infinity. The sums are accumulated in float64 (float32 on a device without it). They carry no
-    gradient; `image_centroids` does.
+    infinity. The sums are accumulated in float64 (float32 on a device without it, and over 64
+    pixels at a time on a GPU). They carry no gradient; `image_centroids` does.
 
     Args:
         features: ``(N, D, *)``, floating point.

@@ -38,7 +38,7 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
 
     Computed in float64 inside: a float32 result is right to its last digits, and to 1e-6 where a
     feature of norm 10 lies on an anchor. Differentiable in the features, with gradient 0 where
-    x = a; never in the anchors.
+    x = a; never in the anchors. An infinite distance has no useful gradient: mask before squaring.
 
     Args:
         features: ``(N, D, *)``, floating point.
@@ -46,7 +46,7 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
 
     Returns:
         ``(N, C, *)`` float32 (float64 for float64 features); infinite for unseen classes, and
-        otherwise NaN where a feature is not finite.
+        otherwise NaN where a feature, or in float64 its square, is not finite.
 
     Raises:
         TypeError: if a dtype is wrong.

@@ -6,6 +6,7 @@ a faster path than `reference` is sent to it.
 """
 
 import functools
+import subprocess
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,7 @@ from . import reference
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The Triton kernels, where they run: with Triton 3, on NVIDIA GPUs that have TF32."""
+    """The Triton kernels, where they run: on NVIDIA GPUs that have TF32."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -27,24 +28,30 @@ def _kernels(device: torch.device) -> ModuleType | None:
     try:
         import triton
 
-        if int(triton.__version__.partition(".")[0]) < 3:
+        # Triton 3.0 to 3.2 abort the process where they compile the class sums.
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
             return None
+        # Builds Triton's launcher, for which a C compiler or Python's headers may be missing.
+        triton.runtime.driver.active.get_current_device()
         from . import kernels
-    except ImportError:
+    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError):
         return None
     return kernels
 
 
-def _fastest(features: Tensor, *others: Tensor) -> ModuleType:
+def _fastest(features: Tensor, *others: Tensor, num_classes: int = 1) -> ModuleType:
     """The module whose operators compute these inputs."""
     kernels = _kernels(features.device)
-    return kernels if kernels is not None and kernels.takes(features, *others) else reference
+    if kernels is None or not kernels.takes(features, *others, num_classes=num_classes):
+        return reference
+    return kernels
 
 
 @torch.library.custom_op("anchorda::class_sums", mutates_args=())
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """See `reference.class_sums`."""
-    sums: tuple[Tensor, Tensor] = _fastest(features).class_sums(features, labels, num_classes)
+    fastest = _fastest(features, num_classes=num_classes)
+    sums: tuple[Tensor, Tensor] = fastest.class_sums(features, labels, num_classes)
     return sums
 
 
@@ -131,7 +138,8 @@ anchor_distances.register_autograd(_anchor_distances_grad, setup_context=_anchor
 def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nearest_anchors`."""
     nearest: tuple[Tensor, Tensor, Tensor]
-    nearest = _fastest(features, anchors).nearest_anchors(features, anchors)
+    fastest = _fastest(features, anchors, num_classes=len(anchors))
+    nearest = fastest.nearest_anchors(features, anchors)
     return nearest
 
 

@@ -1,10 +1,11 @@
 """Operators of `reference` in Triton, for CUDA: features are read once, only results written.
 
-The same signatures and results as there, for float32, float16 and bfloat16 features; see `takes`.
-Arithmetic is float32. Products run on tensor cores in three parts of TF32, which together are as
-precise as float32. Where a feature is so near to an anchor that ``‖x‖² − 2·a·x + ‖a‖²`` would lose
-half its digits, the distances of its tile are computed anew from the differences. Sums
-over pixels are added up in float64, in an order that depends on the shape and the GPU alone.
+The same signatures and, but for rounding, the same results as there, for what `takes` takes. The
+arithmetic is float32, which ``‖x‖²`` must not overflow. Products run on tensor cores in parts of
+TF32 that together are about as precise. Where a feature is so near to an anchor that
+``‖x‖² − 2·a·x + ‖a‖²`` would lose half its digits, the distances of its tile are computed anew from
+the differences. Sums over pixels are added up in float64, in an order that depends on the shape and
+the GPU alone.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 _DISTANCES = {"euclidean": 0, "squared": 1, "smooth_l1": 2}
+_MOST_CLASSES = 256  # beyond, a tile's distances do not fit the shared memory of smaller GPUs
 
 
-def takes(features: Tensor, *others: Tensor) -> bool:
+def takes(features: Tensor, *others: Tensor, num_classes: int = 1) -> bool:
     """Whether the kernels compute these inputs; what they do not, `reference` does.
 
     They need pixels at one distance in memory within an image, whatever the layout, and nothing in
@@ -25,87 +27,73 @@ def takes(features: Tensor, *others: Tensor) -> bool:
     """
     if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
-    if any(other.dtype == torch.float64 for other in others) or features.numel() == 0:
+    if any(other.dtype == torch.float64 for other in others) or num_classes > _MOST_CLASSES:
+        return False
+    if features.numel() == 0 or 0 in features.stride():
         return False
     try:
-        _maps(features)
+        maps = _maps(features)
     except RuntimeError:
         return False
-    return True
+    return maps.shape[0] * maps.shape[2] < 2**31
 
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """See `reference.class_sums`."""
-    maps = _maps(features)
+    (maps,) = _as_one_image(_maps(features))
     n, channels, per_image = maps.shape
-    pixels, device = n * per_image, features.device
-    block_classes, block_pixels = _block(num_classes), 64
-    block_channels = 64 if block_classes <= 64 else 32
-    parts = triton.cdiv(channels, block_channels)
-    strips = min(triton.cdiv(pixels, block_pixels), max(1, 4 * _processors(device) // parts))
-    length = triton.cdiv(triton.cdiv(pixels, strips), block_pixels) * block_pixels
+    blocks, device = sums_blocks(num_classes), features.device
+    parts = triton.cdiv(channels, blocks["BLOCK_CHANNELS"])
+    tiles = n * triton.cdiv(per_image, blocks["BLOCK_PIXELS"])
+    # So many strips of tiles that every processor has some.
+    length = triton.cdiv(tiles, max(1, 4 * _processors(device) // parts))
+    strips = triton.cdiv(tiles, length)
     sums = torch.empty(strips, num_classes, channels, dtype=torch.float64, device=device)
     counts = torch.empty(strips, num_classes, dtype=torch.int64, device=device)
-    # Set if any feature is not finite: only then do the second and third kernel do anything.
-    impure = torch.zeros(1, dtype=torch.int32, device=device)
+    # Set where sums are not finite: only then do the second and third kernel do anything.
+    found = torch.zeros(1, dtype=torch.int32, device=device)
     labels = _flat(labels)
     clean = torch.empty_like(labels)
-    shape = (pixels, per_image, channels, num_classes)
-    blocks = {
-        "BLOCK_PIXELS": block_pixels,
-        "BLOCK_CHANNELS": block_channels,
-        "num_warps": 4 if block_classes <= 64 else 8,
-    }
-    classes = {"BLOCK_CLASSES": block_classes, "LENGTH": length}
-    results = (impure, sums, counts)
-    grid = (strips, parts)
+    results = (found, sums, counts, length, tiles, num_classes)
+    size = (per_image, channels, *maps.stride())
     with _current(device):
-        _sums_kernel[grid](
-            maps, labels, *results, *shape, *maps.stride(), AGAIN=False, **classes, **blocks
+        _sums_kernel[(strips, parts)](maps, labels, *results, *size, CLEANED=False, **blocks)
+        _clean_kernel[(n * triton.cdiv(per_image, 64),)](
+            maps, labels, found, clean, *size, BLOCK_PIXELS=64, BLOCK_CHANNELS=32
         )
-        _clean_kernel[(triton.cdiv(pixels, block_pixels),)](
-            maps, labels, impure, clean, *shape[:3], *maps.stride(), **blocks
-        )
-        _sums_kernel[grid](
-            maps, clean, *results, *shape, *maps.stride(), AGAIN=True, **classes, **blocks
-        )
+        _sums_kernel[(strips, parts)](maps, clean, *results, *size, CLEANED=True, **blocks)
     return sums.sum(dim=0), counts.sum(dim=0)
 
 
 def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nearest_anchors`."""
-    maps = _maps(features)
+    (maps,) = _as_one_image(_maps(features))
     n, channels, per_image = maps.shape
-    pixels = n * per_image
-    points, squares = _points(anchors)
-    shape = (n, *features.shape[2:])
+    points, seen = _points(anchors)
+    squares = torch.where(seen, points.double().square().sum(dim=1).float(), torch.inf)
+    shape = (features.shape[0], *features.shape[2:])
     labels = torch.empty(shape, dtype=torch.int64, device=features.device)
     nearest = torch.empty(shape, dtype=torch.float32, device=features.device)
     second = torch.empty_like(nearest)
-    block_classes = _block(len(points))
-    block_pixels = 128 if block_classes <= 32 else 64 if block_classes <= 128 else 32
+    blocks = nearest_blocks(len(points))
     with _current(features.device):
-        _nearest_kernel[(triton.cdiv(pixels, block_pixels),)](
-            *(maps, points, squares, labels, nearest, second),
-            *(pixels, per_image, channels, len(points), *maps.stride()),
-            BLOCK_PIXELS=block_pixels,
-            BLOCK_CHANNELS=32,
-            BLOCK_CLASSES=block_classes,
-            num_warps=4,
+        _nearest_kernel[(n * triton.cdiv(per_image, blocks["BLOCK_PIXELS"]),)](
+            *(maps, points, squares, labels, nearest, second, len(points)),
+            *(per_image, channels, *maps.stride()),
+            **blocks,
         )
     return labels, nearest, second
 
 
 def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
     """See `reference.pixel_losses`."""
-    maps = _maps(features)
+    (maps,) = _as_one_image(_maps(features))
     n, channels, per_image = maps.shape
     points, _ = _points(anchors)
     losses = torch.empty(labels.shape, dtype=torch.float32, device=features.device)
     with _current(features.device):
-        _losses_kernel[(triton.cdiv(n * per_image, 64),)](
-            *(maps, _flat(labels), points, losses),
-            *(n * per_image, per_image, channels, *maps.stride()),
+        _losses_kernel[(n * triton.cdiv(per_image, 64),)](
+            *(maps, _flat(labels), points, losses, per_image, channels, *maps.stride()),
             DISTANCE=_DISTANCES[distance],
             BLOCK_PIXELS=64,
             BLOCK_CHANNELS=32,
@@ -123,14 +111,14 @@ def pixel_losses_backward(
 ) -> Tensor:
     """See `reference.pixel_losses_backward`."""
     grad = torch.empty_like(features)
-    maps, grad_maps = _maps(features), _maps(grad)
+    maps, grad_maps = _as_one_image(_maps(features), _maps(grad))
     n, channels, per_image = maps.shape
     points, _ = _points(anchors)
     of_pixels = (grad_losses.reshape(-1).contiguous(), losses.reshape(-1).contiguous())
     with _current(features.device):
-        _losses_backward_kernel[(triton.cdiv(n * per_image, 64),)](
+        _losses_backward_kernel[(n * triton.cdiv(per_image, 64),)](
             *(*of_pixels, maps, _flat(labels), points, grad_maps),
-            *(n * per_image, per_image, channels, *maps.stride(), *grad_maps.stride()),
+            *(per_image, channels, *maps.stride(), *grad_maps.stride()),
             DISTANCE=_DISTANCES[distance],
             BLOCK_PIXELS=64,
             BLOCK_CHANNELS=32,
@@ -138,9 +126,44 @@ def pixel_losses_backward(
     return grad
 
 
+def nearest_blocks(num_classes: int) -> dict[str, int]:
+    """What `nearest_anchors` is compiled for: tiles whose distances fit the registers."""
+    classes = _power_of_two(num_classes)
+    pixels = 128 if classes <= 32 else 64 if classes <= 128 else 32
+    return {
+        "BLOCK_PIXELS": pixels,
+        "BLOCK_CHANNELS": 32,
+        "BLOCK_CLASSES": classes,
+        "num_warps": 4,
+    }
+
+
+def sums_blocks(num_classes: int) -> dict[str, int]:
+    """What `class_sums` is compiled for: sums of a part of the channels that fit the registers."""
+    classes = _power_of_two(num_classes)
+    return {
+        "BLOCK_PIXELS": 64,
+        "BLOCK_CHANNELS": 64 if classes <= 64 else 32,
+        "BLOCK_CLASSES": classes,
+        "num_warps": 4 if classes <= 64 else 8,
+    }
+
+
 def _maps(features: Tensor) -> Tensor:
     """Features as a view (N, D, P), or a RuntimeError if there is none."""
     return features.view(*features.shape[:2], -1)
+
+
+def _as_one_image(*maps: Tensor) -> tuple[Tensor, ...]:
+    """Views (N, D, P) as (1, D, N·P), if in all of them images follow each other as pixels do."""
+    n, channels, per_image = maps[0].shape
+    if n > 1 and per_image > 1 and any(m.stride(0) != per_image * m.stride(2) for m in maps):
+        return maps
+    steps = [m.stride(2) if per_image > 1 else m.stride(0) for m in maps]
+    size = (1, channels, n * per_image)
+    return tuple(
+        m.as_strided(size, (0, m.stride(1), step)) for m, step in zip(maps, steps, strict=True)
+    )
 
 
 def _flat(labels: Tensor) -> Tensor:
@@ -148,20 +171,18 @@ def _flat(labels: Tensor) -> Tensor:
     return labels.reshape(-1).long().contiguous()
 
 
+def _points(anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Anchors (C, D) float32, 0 where unseen, and which are seen (C,)."""
+    seen = anchors.isfinite().all(dim=1)
+    return torch.where(seen[:, None], anchors, 0.0).float().contiguous(), seen
+
+
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current GPU, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _points(anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors (C, D) float32, 0 where unseen, and their squares (C,), infinite where unseen."""
-    seen = anchors.isfinite().all(dim=1)
-    points = torch.where(seen[:, None], anchors, 0.0).float().contiguous()
-    squares = points.double().square().sum(dim=1).float()
-    return points, torch.where(seen, squares, torch.inf)
-
-
-def _block(num_classes: int) -> int:
+def _power_of_two(num_classes: int) -> int:
     return max(16, 1 << (num_classes - 1).bit_length())
 
 
@@ -172,9 +193,11 @@ def _processors(device: torch.device) -> int:
 
 
 @triton.jit
-def _starts(features, index, per_image, stride_image, stride_pixel):
-    """Where in memory pixels begin, from their index (int64) over all images."""
-    return features + index // per_image * stride_image + index % per_image * stride_pixel
+def _tile(tile, per_image, BLOCK_PIXELS: tl.constexpr):
+    """The image of a tile (int64) and its pixels there: no tile has pixels of two images."""
+    tiles = tl.cdiv(per_image, BLOCK_PIXELS)
+    pixel = tile % tiles * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    return (tile // tiles).to(tl.int64), pixel
 
 
 @triton.jit
@@ -185,10 +208,9 @@ def _nearest_kernel(
     labels,
     nearest,
     second,
-    pixels,
+    classes,
     per_image,
     channels,
-    classes,
     stride_image,
     stride_channel,
     stride_pixel,
@@ -196,15 +218,16 @@ def _nearest_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    inside = index < pixels
-    start = _starts(features, index, per_image, stride_image, stride_pixel)
+    image, pixel = _tile(tl.program_id(0), per_image, BLOCK_PIXELS)
+    inside = pixel < per_image
+    start = features + image * stride_image + pixel.to(tl.int64) * stride_pixel
     c = tl.arange(0, BLOCK_CLASSES)
     known = c < classes
     of_anchors = tl.load(squares + c, mask=known, other=float("inf"))
 
     products = tl.zeros((BLOCK_PIXELS, BLOCK_CLASSES), tl.float32)
-    of_features = tl.zeros((BLOCK_PIXELS,), tl.float32)
+    # Summed over the channels after the loop: once, not in every turn.
+    of_elements = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     for first_channel in range(0, channels, BLOCK_CHANNELS):
         d = first_channel + tl.arange(0, BLOCK_CHANNELS)
         there = d < channels
@@ -219,7 +242,8 @@ def _nearest_kernel(
             other=0.0,
         )
         products = tl.dot(x, a, products, input_precision="tf32x3")
-        of_features += tl.sum(x * x, axis=1)
+        of_elements += x * x
+    of_features = tl.sum(of_elements, axis=1)
     # False for a NaN, too.
     finite = of_features < float("inf")
     possible = finite[:, None] & (of_anchors < float("inf"))[None, :]
@@ -232,13 +256,16 @@ def _nearest_kernel(
         exact = tl.zeros((BLOCK_PIXELS, BLOCK_CLASSES), tl.float32)
         x_of_channel = start
         a_of_channel = points + c * channels
-        for _ in range(channels):
-            x = tl.load(x_of_channel, mask=inside, other=0.0).to(tl.float32)
-            a = tl.load(a_of_channel, mask=known, other=0.0)
-            offset = x[:, None] - a[None, :]
-            exact += offset * offset
-            x_of_channel += stride_channel
-            a_of_channel += 1
+        for first_channel in range(0, channels, 8):
+            channel = first_channel + tl.zeros((1,), tl.int32)
+            for i in tl.static_range(8):  # so that eight loads are under way at a time
+                there = channel + i < channels
+                x = tl.load(x_of_channel, mask=inside & there, other=0.0).to(tl.float32)
+                a = tl.load(a_of_channel, mask=known & there, other=0.0)
+                offset = x[:, None] - a[None, :]
+                exact += offset * offset
+                x_of_channel += stride_channel
+                a_of_channel += 1
         distances = tl.where(possible, exact, float("inf"))
 
     distances = tl.sqrt_rn(distances)
@@ -247,6 +274,7 @@ def _nearest_kernel(
     winner = tl.min(tl.where(distances == least[:, None], c[None, :], BLOCK_CLASSES), axis=1)
     others = tl.where(c[None, :] == winner[:, None], float("inf"), distances)
     winner = tl.where(least < float("inf"), winner, -1)
+    index = image * per_image + pixel
     tl.store(labels + index, winner.to(tl.int64), mask=inside)
     tl.store(nearest + index, least, mask=inside)
     tl.store(second + index, tl.min(others, axis=1), mask=inside)
@@ -256,66 +284,70 @@ def _nearest_kernel(
 def _sums_kernel(
     features,
     labels,
-    impure,
+    found,
     sums,
     counts,
-    pixels,
+    length,
+    tiles,
+    classes,
     per_image,
     channels,
-    classes,
     stride_image,
     stride_channel,
     stride_pixel,
-    AGAIN: tl.constexpr,
-    LENGTH: tl.constexpr,
+    CLEANED: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
-    """The sums of one strip of pixels, for some of the channels."""
-    if AGAIN:
-        if tl.load(impure) == 0:
+    """The sums of one strip of tiles, for some of the channels."""
+    if CLEANED:
+        if tl.load(found) == 0:
             return
     strip, part = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BLOCK_CLASSES)
     d = part * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     there = d < channels
     total = tl.zeros((BLOCK_CLASSES, BLOCK_CHANNELS), tl.float64)
-    count = tl.zeros((BLOCK_CLASSES,), tl.int64)
-    bad = tl.zeros((BLOCK_PIXELS,), tl.int32)
-    for offset in range(0, LENGTH, BLOCK_PIXELS):
-        index = strip.to(tl.int64) * LENGTH + offset + tl.arange(0, BLOCK_PIXELS)
-        inside = index < pixels
-        y = tl.load(labels + index, mask=inside, other=-1)
-        start = _starts(features, index, per_image, stride_image, stride_pixel)
+    seen = tl.zeros((BLOCK_CLASSES, BLOCK_PIXELS), tl.int32)
+    for tile in range(strip * length, tl.minimum(strip * length + length, tiles)):
+        image, pixel = _tile(tile, per_image, BLOCK_PIXELS)
+        inside = pixel < per_image
+        start = features + image * stride_image + pixel.to(tl.int64) * stride_pixel
+        y = tl.load(labels + image * per_image + pixel, mask=inside, other=-1)
         x = tl.load(
             start[:, None] + d.to(tl.int64)[None, :] * stride_channel,
             mask=inside[:, None] & there[None, :],
             other=0.0,
         ).to(tl.float32)
-        finite = tl.abs(x) < float("inf")
-        bad |= tl.max((~finite).to(tl.int32), axis=1)
-        x = tl.where(finite, x, 0.0)
+        if CLEANED:
+            x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
         members = c[:, None] == y[None, :]
-        total += tl.dot(members.to(tl.float32), x, input_precision="tf32x3").to(tl.float64)
-        count += tl.sum(members.to(tl.int32), axis=1).to(tl.int64)
-    if not AGAIN:
-        if tl.max(bad, axis=0) > 0:
-            tl.store(impure, 1)
+        # A one is exact in TF32, and a float32 is the sum of two: its upper bits, and the rest.
+        ones = members.to(tl.float32)
+        upper = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        product = tl.dot(ones, x - upper, input_precision="tf32")
+        product = tl.dot(ones, upper, product, input_precision="tf32")
+        total += product.to(tl.float64)
+        seen += members.to(tl.int32)
+    if not CLEANED:
+        # A NaN times zero is a NaN: sums that are finite tell that all features are.
+        odd = tl.where(tl.abs(total) < float("inf"), 0, 1)
+        if tl.max(tl.max(odd, axis=1), axis=0) > 0:
+            tl.store(found, 1)
     row = strip.to(tl.int64) * classes + c
     stored = (c < classes)[:, None] & there[None, :]
     tl.store(sums + row[:, None] * channels + d[None, :], total, mask=stored)
     if part == 0:
-        tl.store(counts + row, count, mask=c < classes)
+        tl.store(counts + row, tl.sum(seen, axis=1).to(tl.int64), mask=c < classes)
 
 
 @triton.jit
 def _clean_kernel(
     features,
     labels,
-    impure,
+    found,
     clean,
-    pixels,
     per_image,
     channels,
     stride_image,
@@ -325,12 +357,12 @@ def _clean_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Labels, −1 where the feature is not finite."""
-    if tl.load(impure) == 0:
+    if tl.load(found) == 0:
         return
-    index = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    inside = index < pixels
-    start = _starts(features, index, per_image, stride_image, stride_pixel)
-    bad = tl.zeros((BLOCK_PIXELS,), tl.int32)
+    image, pixel = _tile(tl.program_id(0), per_image, BLOCK_PIXELS)
+    inside = pixel < per_image
+    start = features + image * stride_image + pixel.to(tl.int64) * stride_pixel
+    odd = tl.zeros((BLOCK_PIXELS,), tl.int32)
     for first_channel in range(0, channels, BLOCK_CHANNELS):
         d = first_channel + tl.arange(0, BLOCK_CHANNELS)
         x = tl.load(
@@ -338,9 +370,10 @@ def _clean_kernel(
             mask=inside[:, None] & (d < channels)[None, :],
             other=0.0,
         ).to(tl.float32)
-        bad |= tl.max((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1)
+        odd |= tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1)
+    index = image * per_image + pixel
     y = tl.load(labels + index, mask=inside, other=-1)
-    tl.store(clean + index, tl.where(bad == 0, y, -1), mask=inside)
+    tl.store(clean + index, tl.where(odd == 0, y, -1), mask=inside)
 
 
 @triton.jit
@@ -349,7 +382,6 @@ def _losses_kernel(
     labels,
     points,
     losses,
-    pixels,
     per_image,
     channels,
     stride_image,
@@ -359,13 +391,14 @@ def _losses_kernel(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    inside = index < pixels
-    start = _starts(features, index, per_image, stride_image, stride_pixel)
+    image, pixel = _tile(tl.program_id(0), per_image, BLOCK_PIXELS)
+    inside = pixel < per_image
+    start = features + image * stride_image + pixel.to(tl.int64) * stride_pixel
+    index = image * per_image + pixel
     y = tl.load(labels + index, mask=inside, other=-1)
     active = y >= 0
     own = points + tl.maximum(y, 0) * channels
-    total = tl.zeros((BLOCK_PIXELS,), tl.float32)
+    of_elements = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     for first_channel in range(0, channels, BLOCK_CHANNELS):
         d = first_channel + tl.arange(0, BLOCK_CHANNELS)
         # An inactive pixel is not even read.
@@ -376,9 +409,10 @@ def _losses_kernel(
         if DISTANCE == 2:
             size = tl.abs(offset)
             bounded = tl.where(size > 1, 1.0, size)
-            total += tl.sum(bounded * (size - bounded / 2), axis=1)
+            of_elements += bounded * (size - bounded / 2)
         else:
-            total += tl.sum(offset * offset, axis=1)
+            of_elements += offset * offset
+    total = tl.sum(of_elements, axis=1)
     if DISTANCE == 0:
         total = tl.sqrt_rn(total)
     if DISTANCE == 2:
@@ -394,7 +428,6 @@ def _losses_backward_kernel(
     labels,
     points,
     grad,
-    pixels,
     per_image,
     channels,
     stride_image,
@@ -407,10 +440,11 @@ def _losses_backward_kernel(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    inside = index < pixels
-    start = _starts(features, index, per_image, stride_image, stride_pixel)
-    grad_start = _starts(grad, index, per_image, grad_stride_image, grad_stride_pixel)
+    image, pixel = _tile(tl.program_id(0), per_image, BLOCK_PIXELS)
+    inside = pixel < per_image
+    start = features + image * stride_image + pixel.to(tl.int64) * stride_pixel
+    grad_start = grad + image * grad_stride_image + pixel.to(tl.int64) * grad_stride_pixel
+    index = image * per_image + pixel
     y = tl.load(labels + index, mask=inside, other=-1)
     active = y >= 0
     own = points + tl.maximum(y, 0) * channels

@@ -24,7 +24,6 @@ from torch import Tensor
 # for its matrix products to be fast; a GPU wants fewer, larger steps.
 _BLOCK_ELEMENTS_CPU = 7 * 2**16
 _BLOCK_ELEMENTS_GPU = 2**21
-# Where the channels of a pixel are neighbors in memory, four times as many.
 _PART_CHANNELS = 128
 
 Block = tuple[slice, ...]
@@ -43,23 +42,21 @@ def result_dtype(features: Tensor) -> torch.dtype:
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sums (C, D) float64 and counts (C,) int64 of the finite features of each class."""
-    dtype, scratch = _block_dtype(features), _Scratch(features.device)
+    scratch = _Scratch(features.device)
+    looks = features.device.type == "cpu"  # at values: elsewhere the host would wait for them
     classes = torch.arange(num_classes, device=features.device)[:, None]
-    sums = torch.zeros(num_classes, features.shape[1], dtype=dtype, device=features.device)
+    shape = (num_classes, features.shape[1])
+    sums = torch.zeros(shape, dtype=_block_dtype(features), device=features.device)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device)
     for block in _blocks(features, num_classes):
         members = _flat(labels, block) == classes
-        weights = members.to(dtype)
-        parts = [weights @ x.T for _, x in _parts(features, block, scratch)]
+        if looks:
+            of_block = _sums_of_members(features, block, members, scratch)
         # A NaN times a weight of zero is a NaN: sums that are finite tell that all features are.
-        if not _known_finite(parts):
+        if not looks or not bool(of_block.isfinite().all()):
             members &= _finite(features, block, scratch)
-            weights = members.to(dtype)
-            parts = [
-                weights @ x.nan_to_num_(0.0, 0.0, 0.0).T
-                for _, x in _parts(features, block, scratch)
-            ]
-        sums += torch.cat(parts, dim=1)
+            of_block = _sums_of_members(features, block, members, scratch, clean=True)
+        sums += of_block
         counts += members.sum(dim=1)
     return sums, counts
 
@@ -110,7 +107,7 @@ def anchor_distances_backward(
     grad, scratch = torch.empty_like(features), _Scratch(features.device)
     for block in _blocks(features, anchors.shape[0]):
         g, d = _matrix(grad_distances, block), _matrix(distances, block)
-        _write_pull(grad, features, block, points, g, d, scratch)
+        _write_distance_gradient(grad, features, block, points, g, d, scratch)
     return grad
 
 
@@ -238,7 +235,7 @@ def contrastive_losses_backward(
         share.scatter_add_(0, y.clamp(min=0)[None], share.new_full((1, len(y)), -1.0))
         of_losses = torch.where(y >= 0, grad_losses[block].reshape(-1) / -temperature, 0.0)
         g = _kept(share.mul_(of_losses), y >= 0)
-        _write_pull(grad, features, block, points, g, d, scratch)
+        _write_distance_gradient(grad, features, block, points, g, d, scratch)
     return grad
 
 
@@ -288,6 +285,7 @@ def _channels(features: Tensor) -> Iterator[slice]:
 
 
 def _most_channels(features: Tensor) -> int:
+    """Of a part; rows are read fast if they are long."""
     return 4 * _PART_CHANNELS if _has_rows(features) else _PART_CHANNELS
 
 
@@ -339,9 +337,18 @@ def _points(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return points, torch.where(seen, points.square().sum(dim=1, keepdim=True), math.inf)
 
 
-def _known_finite(results: list[Tensor]) -> bool:
-    """Whether results are known to be finite: to look at values is free on the CPU alone."""
-    return all(r.device.type == "cpu" and bool(r.isfinite().all()) for r in results)
+def _sums_of_members(
+    features: Tensor, block: Block, members: Tensor, scratch: _Scratch, *, clean: bool = False
+) -> Tensor:
+    """The sums (C, D) of the features of a block over their classes; clean, with 0 for a NaN."""
+    weights = members.to(_block_dtype(features))
+    sums = weights.new_zeros(len(members), features.shape[1])
+    for channels, x in _parts(features, block, scratch):
+        if clean:
+            x.nan_to_num_(0.0, 0.0, 0.0)
+        # In place, a product is left alone by autocast.
+        sums[:, channels].addmm_(weights, x.T)
+    return sums
 
 
 def _finite(features: Tensor, block: Block, scratch: _Scratch) -> Tensor:
@@ -355,7 +362,7 @@ def _block_distances(
     features: Tensor, block: Block, points: Tensor, squares: Tensor, scratch: _Scratch
 ) -> Tensor:
     """‖x − a‖ (C, pixels) of a block: NaN for a non-finite feature, else infinite if unseen."""
-    pixels = math.prod(_view(features, block, slice(0, 1)).shape)
+    pixels = math.prod(_view(features, block, _EVERY).shape[1:])
     distances = scratch("distances", points.dtype, len(points), pixels).copy_(squares)
     norms = squares.new_zeros(pixels)
     for channels, x in _parts(features, block, scratch):
@@ -365,7 +372,7 @@ def _block_distances(
     return distances.add_(norms).clamp_(min=0).sqrt_()
 
 
-def _write_pull(
+def _write_distance_gradient(
     grad: Tensor,
     features: Tensor,
     block: Block,
@@ -375,20 +382,18 @@ def _write_pull(
     scratch: _Scratch,
 ) -> None:
     """The gradient of a block's features from that of its distances (C, pixels)."""
-    # Nothing comes from a distance of zero, as from an infinite one.
-    inverse = distances.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
-    weights = inverse.mul_(grad_distances)
+    weights = grad_distances.div(distances).masked_fill_(distances == 0, 0.0)
     total = weights.sum(dim=0)
-    audible = grad_distances.abs().amax(dim=0) != 0
+    has_gradient = (grad_distances != 0).any(dim=0)
     for channels, x in _parts(features, block, scratch):
         x.mul_(total).addmm_(points.T[channels], weights, alpha=-1)
-        _write(grad, block, channels, _kept(x, audible))
+        _write(grad, block, channels, _kept(x, has_gradient))
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
     """Values (K, pixels) where the mask (pixels,) is true; elsewhere 0, whatever they were.
 
-    By their bits: a NaN times zero is a NaN, and `torch.where` takes ten times as long.
+    By their bits, as a NaN times zero is a NaN, and a choice of values is slow.
     """
     bits = torch.int64 if x.dtype == torch.float64 else torch.int32
     x.view(bits).bitwise_and_(torch.where(mask, -1, 0).to(bits))
