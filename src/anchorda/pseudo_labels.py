@@ -290,6 +290,7 @@ def _shown(minimum: Tensor) -> str:
 
 def _active(classes: Tensor, scores: Tensor, minimum: Tensor, ignore_index: int) -> PseudoLabels:
     """Labels where a class (−1 for none) has a score above its minimum."""
+    classes = classes.long()
     labeled = classes >= 0
     scores = torch.where(labeled, scores, 0.0).float()
     of_class = minimum[classes.clamp(min=0)] if minimum.ndim == 1 else minimum

@@ -147,7 +147,7 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
 def _(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = (features.shape[0], *features.shape[2:])
     nearest = features.new_empty(shape, dtype=reference.result_dtype(features))
-    return features.new_empty(shape, dtype=torch.int64), nearest, torch.empty_like(nearest)
+    return features.new_empty(shape, dtype=torch.int32), nearest, torch.empty_like(nearest)
 
 
 @torch.library.custom_op("anchorda::pixel_losses", mutates_args=())

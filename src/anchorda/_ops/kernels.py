@@ -72,7 +72,7 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     points, seen = _points(anchors)
     squares = torch.where(seen, points.double().square().sum(dim=1).float(), torch.inf)
     shape = (features.shape[0], *features.shape[2:])
-    labels = torch.empty(shape, dtype=torch.int64, device=features.device)
+    labels = torch.empty(shape, dtype=torch.int32, device=features.device)
     nearest = torch.empty(shape, dtype=torch.float32, device=features.device)
     second = torch.empty_like(nearest)
     blocks = nearest_blocks(len(points))
@@ -275,7 +275,7 @@ def _nearest_kernel(
     others = tl.where(c[None, :] == winner[:, None], float("inf"), distances)
     winner = tl.where(least < float("inf"), winner, -1)
     index = image * per_image + pixel
-    tl.store(labels + index, winner.to(tl.int64), mask=inside)
+    tl.store(labels + index, winner, mask=inside)
     tl.store(nearest + index, least, mask=inside)
     tl.store(second + index, tl.min(others, axis=1), mask=inside)
 
