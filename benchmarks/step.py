@@ -159,15 +159,38 @@ def blocks_alone(
     torch.stack([*losses.values()]).sum().backward()
 
 
+@torch.no_grad()
+def settle(network: Segmenter, images: Tensor, settings: Settings) -> None:
+    """Fit the statistics of batch norm, without which an untrained network's outputs explode."""
+    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = 1.0
+    train.segment(network.train(), images, settings)
+    for layer in layers:
+        layer.momentum = 0.1
+
+
+def clear_minimum(scores: Tensor) -> Tensor:
+    """The middle of the widest gap between the quartiles, which rounding takes no score across."""
+    ordered = scores.flatten().sort().values
+    middle = ordered[len(ordered) // 4 : 3 * len(ordered) // 4 + 2]
+    widest = middle.diff().argmax()
+    return middle[widest : widest + 2].mean()
+
+
 def drawn_stage(network: Segmenter, images: Tensor, settings: Settings) -> train.Stage:
-    """A stage with drawn anchors, and minimums that half of the pixels of the images exceed."""
-    anchors = torch.rand(NUM_CLASSES, network.feature_dim, device=settings.device)
+    """A stage whose anchors are features of the images, and whose minimums about half exceed."""
+    anchors = torch.zeros(NUM_CLASSES, network.feature_dim, device=settings.device)
     labeler = anchorda.StageLabeler(
         network, anchors, extract=lambda net, images: train.segment(net, images, settings)
     )
+    with torch.no_grad():
+        features, _ = train.segment(labeler.network, images, settings)
+    pixels = features.movedim(1, -1).flatten(0, -2).float()
+    labeler.centroids = pixels[torch.randperm(len(pixels), device=pixels.device)[:NUM_CLASSES]]
     _, by_anchor, by_probability = labeler(images)
-    labeler.by_anchor = anchorda.AnchorPseudoLabeler(by_anchor.scores.median())
-    labeler.by_probability = anchorda.ProbabilityPseudoLabeler(by_probability.scores.median())
+    labeler.by_anchor = anchorda.AnchorPseudoLabeler(clear_minimum(by_anchor.scores))
+    labeler.by_probability = anchorda.ProbabilityPseudoLabeler(clear_minimum(by_probability.scores))
     counts = torch.ones(NUM_CLASSES, dtype=torch.int64, device=settings.device)
     return train.Stage(labeler, counts)
 
@@ -212,6 +235,7 @@ def measure(settings: Settings) -> list[list[str]]:
     device = torch.device(settings.device).type
     network = train.new_network(settings)
     batch = drawn_batch(settings)
+    settle(network, batch[2].repeat(2, 1, 1, 1), settings)
     stage = drawn_stage(network, batch[2], settings)
     optimizer, _ = train.make_optimizer(network, settings.stage_learning_rate, 10, settings)
     scaler = torch.amp.GradScaler(device, enabled=settings.precision == "float16")

@@ -20,8 +20,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-# Elements of a part: 3.75 MB in float64 stay near a core's cache, and leave enough pixels to a block
-# for its matrix products to be fast; a GPU wants fewer, larger steps.
+# Elements of a part: 3.75 MB in float64 stay near a core's cache, and leave enough pixels to a
+# block for its matrix products to be fast; a GPU wants fewer, larger steps.
 _BLOCK_ELEMENTS_CPU = 15 * 2**15
 _BLOCK_ELEMENTS_GPU = 2**21
 _PART_CHANNELS = 128
