@@ -7,10 +7,10 @@ The floor of labeling and class sums is the bare product of the features, in the
 layout, with as many vectors as there are classes; that of the losses, which are timed with their
 gradient, is one copy of the features. Contenders take turns, so that a noisy moment hits all of
 them, and one whose answers differ from float64 is not reported. Each is called a few times before
-it is timed, and then `--repeats` times, on a CPU after a pause; on CUDA the device is waited for
-before and after every call, so that what it costs to launch a call is part of it. Faiss, PyKeOps
-and a compiler are used where they are. Extra memory is what torch allocates at the peak of a call,
-the result included, as a fraction of the features: Faiss and PyKeOps allocate some besides.
+it is timed, and then `--repeats` times; on CUDA the device is waited for before and after every
+call, so that what it costs to launch a call is part of it. Faiss, PyKeOps and a compiler are used
+where they are. Extra memory is what torch allocates at the peak of a call, the result included, as
+a fraction of the features: Faiss and PyKeOps allocate some besides.
 
 Three tables in Markdown go to the terminal: all contenders; our operators by layout and dtype; and
 by the number of pixels, channels and classes. OUTPUT/operators.png is the picture of the first and
@@ -55,9 +55,6 @@ IGNORE = 256  # beyond all classes that are measured
 EITHER = -1  # where any label is right
 TOLERANCE = 1e-3  # of the largest value
 WARM_UPS = 3
-# Seconds before a call on a CPU: a machine that has just been busy, a shared one above all, is
-# slower by up to two times, for whoever comes next.
-PAUSE = 0.1
 
 
 class Case(NamedTuple):
@@ -432,8 +429,6 @@ def measure(
     times: dict[str, list[float]] = {who: [] for who in calls}
     for turn in range(WARM_UPS + repeats):
         for who, call in calls.items():
-            if turn >= WARM_UPS and device == "cpu":
-                time.sleep(PAUSE)
             took = milliseconds(call, device)
             if turn >= WARM_UPS:
                 times[who].append(took)

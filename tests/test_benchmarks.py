@@ -112,7 +112,6 @@ def test_a_run_writes_the_documented_columns_and_a_picture(
 ) -> None:
     monkeypatch.setattr(operators, "optional_labelers", lambda device: {})  # one compiles
     monkeypatch.setattr(operators, "WARM_UPS", 0)
-    monkeypatch.setattr(operators, "PAUSE", 0)
     few = {"pixels": CASES[:1], "dim": CASES[:1], "classes": CASES[:1]}
     monkeypatch.setattr(operators, "sweeps", lambda shape: few)
     arguments = ["--pixels", "1", "6", "7", "--repeats", "2", "--output", str(tmp_path)]

@@ -58,8 +58,8 @@ def anchor_distance_loss(
         average: see above.
 
     Returns:
-        A scalar, float32 (float64 for float64 features). A non-finite feature propagates where
-        its label is active and nowhere else.
+        A scalar, float32 (float64 for float64 features), which the squared distances must not
+        overflow. A non-finite feature propagates where its label is active and nowhere else.
 
     Raises:
         TypeError: if a dtype is wrong.
