@@ -93,6 +93,7 @@ class DACS:
     def __init__(self) -> None:
         self.model, self.ema_model = EncoderDecoder(), EncoderDecoder()
         self.ema_model.requires_grad_(False)
+        self.ema_model.load_state_dict(self.model.state_dict())  # as in its first `forward_train`
 
     def get_model(self) -> EncoderDecoder:  # noqa: D102
         return self.model
@@ -142,7 +143,7 @@ def names() -> dict[str, Any]:
     metas: Metas = [{"img_norm_cfg": {}}] * 2
     img, labels = torch.randn(2, 3, 64, 96), draw_labels(2, 1, 64, 96)
     # Of the predicted class here and there, so that `keep_correct` keeps something.
-    predicted = uda.ema_model.encode_decode(img, metas).argmax(dim=1, keepdim=True)
+    predicted = uda.model.encode_decode(img, metas).argmax(dim=1, keepdim=True)
     labels = torch.where(
         torch.rand(2, 1, 8, 12).repeat_interleave(8, 2).repeat_interleave(8, 3) < 0.5,
         predicted,
@@ -161,7 +162,7 @@ def names() -> dict[str, Any]:
 
 def by_hand(names: dict[str, Any]) -> oracles.Array:
     """The anchors of the source batch as float64 loops."""
-    model, labels = names["self"].ema_model, majority(names["gt_semantic_seg"])
+    model, labels = names["self"].model, majority(names["gt_semantic_seg"])
     features = features_of(model, names["img"])
     logits = model.decode_head.conv_seg(features)
     kept = oracles.keep_correct(flat(labels), rows(logits), 255)
