@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "matrix"
-LEFT_OUT = ["tests/examples", "tests/recipes", "tests/test_docs.py", "tests/test_downstream.py"]
+LEFT_OUT = [
+    *("tests/examples", "tests/recipes", "tests/test_benchmarks.py"),
+    *("tests/test_docs.py", "tests/test_downstream.py"),
+]
 
 
 class Versions(NamedTuple):
