@@ -127,12 +127,12 @@ def pixel_losses_backward(
 
 
 def nearest_blocks(num_classes: int) -> dict[str, int]:
-    """What `nearest_anchors` is compiled for: tiles whose distances fit the registers."""
+    """What `nearest_anchors` is compiled for: tiles that fit registers and shared memory."""
     classes = _power_of_two(num_classes)
     pixels = 128 if classes <= 32 else 64 if classes <= 128 else 32
     return {
         "BLOCK_PIXELS": pixels,
-        "BLOCK_CHANNELS": 32,
+        "BLOCK_CHANNELS": 32 if classes <= 128 else 16,
         "BLOCK_CLASSES": classes,
         "num_warps": 4,
     }
