@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from anchorda._ops import reference
+from anchorda._ops import tiles
 
 settings.register_profile("local", deadline=None, max_examples=20)
 settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
@@ -31,8 +31,8 @@ def _seed() -> None:
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Operators that walk in blocks of this many elements: pixel by pixel to all at once."""
     elements: int = request.param
-    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS_CPU", elements)
-    monkeypatch.setattr(reference, "_PART_CHANNELS", min(elements, 128))
+    monkeypatch.setattr(tiles, "_BLOCK_BYTES_CPU", 8 * elements)
+    monkeypatch.setattr(tiles, "_TILE_PIXELS", min(elements, 128))
     return elements
 
 

@@ -1,8 +1,8 @@
 """The operators as torch sees them: opaque to the compiler, with their gradients and fake results.
 
 Registered as custom operators because they loop over blocks: traced, that loop would be unrolled;
-opaque, ``torch.compile(fullgraph=True)`` takes them for any size. This is also where a device with
-a faster path than `reference` is sent to it.
+opaque, ``torch.compile(fullgraph=True)`` takes them for any size. This is also where inputs with a
+faster path than `reference` are sent to it: `kernels` on a GPU, `cpu` on a CPU.
 """
 
 import functools
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
+from .tiles import new_gradient
 
 # Annotations in this file must be types, not strings: torch infers the schemas from them.
 
@@ -39,18 +40,21 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return kernels
 
 
-def _fastest(features: Tensor, *others: Tensor, num_classes: int = 1) -> ModuleType:
-    """The module whose operators compute these inputs."""
+def _fastest(
+    features: Tensor, *others: Tensor, num_classes: int = 1, plain: ModuleType = reference
+) -> ModuleType:
+    """The module whose operators compute these inputs: the kernels, or one in plain torch."""
     kernels = _kernels(features.device)
     if kernels is None or not kernels.takes(features, *others, num_classes=num_classes):
-        return reference
+        return plain
     return kernels
 
 
 @torch.library.custom_op("anchorda::class_sums", mutates_args=())
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """See `reference.class_sums`."""
-    fastest = _fastest(features, num_classes=num_classes)
+    plain = cpu if cpu.adds(features) else reference
+    fastest = _fastest(features, num_classes=num_classes, plain=plain)
     sums: tuple[Tensor, Tensor] = fastest.class_sums(features, labels, num_classes)
     return sums
 
@@ -64,8 +68,14 @@ def _(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("anchorda::image_sums", mutates_args=())
 def image_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """See `reference.image_sums`; differentiable."""
-    return reference.image_sums(features, labels, num_classes)
+    """The class sums of each image alone: (N, C, D) and counts (N, C) int64; differentiable."""
+    n, d = features.shape[:2]
+    sums = features.new_empty(n, num_classes, d, dtype=reference.result_dtype(features))
+    counts = features.new_empty(n, num_classes, dtype=torch.int64)
+    for i in range(n):
+        image = slice(i, i + 1)
+        sums[i], counts[i] = class_sums(features[image], labels[image], num_classes)
+    return sums, counts
 
 
 @image_sums.register_fake
@@ -83,7 +93,7 @@ def image_sums_backward(grad_sums: Tensor, features: Tensor, labels: Tensor) -> 
 
 @image_sums_backward.register_fake
 def _(grad_sums: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    return torch.empty_like(features)
+    return new_gradient(features)
 
 
 def _image_sums_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Any) -> None:
@@ -120,7 +130,7 @@ def anchor_distances_backward(
 
 @anchor_distances_backward.register_fake
 def _(grad_distances: Tensor, distances: Tensor, features: Tensor, anchors: Tensor) -> Tensor:
-    return torch.empty_like(features)
+    return new_gradient(features)
 
 
 def _anchor_distances_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -138,7 +148,8 @@ anchor_distances.register_autograd(_anchor_distances_grad, setup_context=_anchor
 def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nearest_anchors`."""
     nearest: tuple[Tensor, Tensor, Tensor]
-    fastest = _fastest(features, anchors, num_classes=len(anchors))
+    plain = cpu if cpu.multiplies(features) else reference
+    fastest = _fastest(features, anchors, num_classes=len(anchors), plain=plain)
     nearest = fastest.nearest_anchors(features, anchors)
     return nearest
 
@@ -189,7 +200,7 @@ def _(
     anchors: Tensor,
     distance: str,
 ) -> Tensor:
-    return torch.empty_like(features)
+    return new_gradient(features)
 
 
 def _pixel_losses_setup(
@@ -212,7 +223,10 @@ def contrastive_losses(
     features: Tensor, labels: Tensor, anchors: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """See `reference.contrastive_losses`; differentiable in the features."""
-    return reference.contrastive_losses(features, labels, anchors, temperature)
+    plain = cpu if cpu.multiplies(features) else reference
+    losses: tuple[Tensor, Tensor]
+    losses = plain.contrastive_losses(features, labels, anchors, temperature)
+    return losses
 
 
 @contrastive_losses.register_fake
@@ -235,9 +249,11 @@ def contrastive_losses_backward(
     temperature: float,
 ) -> Tensor:
     """See `reference.contrastive_losses_backward`."""
-    return reference.contrastive_losses_backward(
+    plain = cpu if cpu.multiplies(features) else reference
+    grad: Tensor = plain.contrastive_losses_backward(
         grad_losses, distances, features, labels, anchors, temperature
     )
+    return grad
 
 
 @contrastive_losses_backward.register_fake
@@ -249,7 +265,7 @@ def _(
     anchors: Tensor,
     temperature: float,
 ) -> Tensor:
-    return torch.empty_like(features)
+    return new_gradient(features)
 
 
 def _contrastive_losses_setup(
@@ -258,11 +274,14 @@ def _contrastive_losses_setup(
     features, labels, anchors, ctx.temperature = inputs
     ctx.save_for_backward(output[1], features, labels, anchors)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the distances
 
 
 def _contrastive_losses_grad(
-    ctx: Any, grad_losses: Tensor, _: Tensor | None
-) -> tuple[Tensor, None, None, None]:
+    ctx: Any, grad_losses: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, None, None, None]:
+    if grad_losses is None:
+        return None, None, None, None
     grad = contrastive_losses_backward(grad_losses, *ctx.saved_tensors, ctx.temperature)
     return grad, None, None, None
 

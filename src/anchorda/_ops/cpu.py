@@ -1,0 +1,230 @@
+"""The operators where a CPU has a faster way than `reference`, and equal to it.
+
+Labels and the contrastive loss come from float32 products of the features and the anchors about the
+anchors' mean, as far as those are precise enough. They are not where a pixel is near an anchor, nor
+can they choose between two anchors that are about as near: such pixels are left to the reference,
+and so are all if these are not few. The values decide, which the host may look at here.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .tiles import (
+    Block,
+    Scratch,
+    blocks,
+    get,
+    has_rows,
+    matrices,
+    new_gradient,
+    put,
+    scalars,
+    take,
+    take_offsets,
+)
+
+# The part of all pixels that the reference computes once more, at most.
+_FEW = 1 / 32
+# The part of ‖x‖² that the squared distance to the nearest anchor must not be less than: what is
+# subtracted from ‖x‖² costs about as many bits as this has.
+_PART_OF_SCORES = 1 / 3
+_PART_OF_LOSSES = 1 / 16
+# Channels that a product adds up before it adds to others: long sums lose more to rounding.
+_CHANNELS = 64
+# Accumulators of a class in a tile: neighbors, mostly of one class, need not wait for each other.
+_LANES = 4
+
+
+def adds(features: Tensor) -> bool:
+    """Whether the class sums of such features are computed here."""
+    return features.device.type == "cpu" and features.dtype != torch.float64
+
+
+def multiplies(features: Tensor) -> bool:
+    """Whether the others are: not where a user lets float32 be multiplied in less."""
+    try:
+        return adds(features) and torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set by the newer interface, for which this one does not answer
+        return False
+
+
+def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """See `reference.class_sums`."""
+    targets = labels.to(torch.int64)
+    targets = torch.where((targets >= 0) & (targets < num_classes), targets, num_classes)
+    add = _add_by_product if has_rows(features) else _add_by_class
+    sums = add(matrices(features), scalars(targets), num_classes)
+    if not bool(sums.isfinite().all()):  # nor are all features
+        return reference.class_sums(features, labels, num_classes)
+    return sums, targets.flatten().bincount(minlength=num_classes + 1)[:-1]
+
+
+def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.nearest_anchors`."""
+    about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
+    labels, nearest, second = reference.new_nearest(features)
+    few = _FEW * labels.numel()
+    # Of a difference of squared distances, in parts of ‖x‖² + ‖a‖²: what adding up rounds at most.
+    rounding = (2 * features.shape[1] + 32) * 2.0**-24
+    for block in blocks(maps, torch.float32, anchors.shape[0]):
+        squared, norms = _squared_distances(maps, block, about, scratch)
+        winner, first, next_ = reference.two_least(squared)
+        gap = (norms + about.extent).mul_(rounding)
+        sure = _is_precise(first, norms, _PART_OF_SCORES) & (next_ - first > gap)
+        few -= int(sure.logical_not().count_nonzero())
+        if few < 0:
+            return reference.nearest_anchors(features, anchors)
+        put(scalars(labels), block, winner)
+        put(scalars(nearest), block, torch.where(sure, first, math.nan))
+        put(scalars(second), block, next_)
+    nearest.sqrt_()
+    second.sqrt_()
+    doubts = nearest.isnan()
+    if bool(doubts.any()):
+        again = reference.nearest_anchors(_at(features, doubts), anchors)
+        for result, values in zip((labels, nearest, second), again, strict=True):
+            result[doubts] = values
+    return labels, nearest, second
+
+
+def contrastive_losses(
+    features: Tensor, labels: Tensor, anchors: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """See `reference.contrastive_losses`; distances of pixels without a label may be imprecise."""
+    about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
+    distances = torch.empty(features.shape[0], anchors.shape[0], *features.shape[2:])
+    losses, targets = torch.empty(labels.shape), scalars(labels)
+    few = _FEW * losses.numel()
+    for block in blocks(maps, torch.float32, anchors.shape[0]):
+        y = get(targets, block).to(torch.int64)
+        squared, norms = _squared_distances(maps, block, about, scratch)
+        first = squared.amin(dim=1, keepdim=True)
+        sure = _is_precise(first, norms, _PART_OF_LOSSES) | (y < 0)
+        few -= int(sure.logical_not().count_nonzero())
+        if few < 0:
+            return reference.contrastive_losses(features, labels, anchors, temperature)
+        put(matrices(distances), block, squared.sqrt_())
+        of_pixels = reference.cross_entropy(squared, y, temperature)
+        put(scalars(losses), block, torch.where(sure, of_pixels, math.nan))
+    doubts = losses.isnan()
+    if bool(doubts.any()):
+        losses[doubts], distances.movedim(1, -1)[doubts] = reference.contrastive_losses(
+            _at(features, doubts), labels[doubts], anchors, temperature
+        )
+    return losses, distances
+
+
+def contrastive_losses_backward(
+    grad_losses: Tensor,
+    distances: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    temperature: float,
+) -> Tensor:
+    """See `reference.contrastive_losses_backward`."""
+    about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
+    first = distances.amin(dim=1).square_()
+    doubts = (labels >= 0) & ~_is_precise(first, about.extent, _PART_OF_LOSSES)
+    if int(doubts.count_nonzero()) > _FEW * doubts.numel():
+        return reference.contrastive_losses_backward(
+            grad_losses, distances, features, labels, anchors, temperature
+        )
+    grad, targets, rates = new_gradient(features), scalars(labels), scalars(grad_losses)
+    for block in blocks(maps, torch.float32, anchors.shape[0]):
+        y, d = get(targets, block).to(torch.int64), get(matrices(distances), block)
+        weights = reference.cross_entropy_gradient(d, y, get(rates, block), temperature).div_(d)
+        x = take_offsets(maps, block, about.center, scratch)
+        of_tiles = reference.weighted_offsets(x, about.points, weights)
+        put(matrices(grad), block, reference.kept(of_tiles, y >= 0))
+    if bool(doubts.any()):
+        grad.movedim(1, -1)[doubts] = reference.contrastive_losses_backward(
+            *(grad_losses[doubts], _at(distances, doubts), _at(features, doubts)),
+            *(labels[doubts], anchors, temperature),
+        ).to(grad.dtype)
+    return grad
+
+
+class _Anchors(NamedTuple):
+    """Anchors about the mean of those that are seen, in float32."""
+
+    center: Tensor
+    """(D, 1)"""
+    points: Tensor
+    """(C, D), 0 where unseen"""
+    squares: Tensor
+    """(C, 1): squared norms, infinite where unseen"""
+    extent: float
+    """The largest squared norm."""
+
+
+def _about_mean(anchors: Tensor) -> _Anchors:
+    seen = anchors.isfinite().all(dim=1, keepdim=True)
+    wide = torch.where(seen, anchors, 0.0).to(torch.float64)
+    center = (wide.sum(dim=0) / seen.sum()).to(torch.float32)
+    points = torch.where(seen, wide - center, 0.0)
+    squares = points.square().sum(dim=1, keepdim=True)
+    extent = float(squares.max())
+    squares = torch.where(seen, squares, math.inf).to(torch.float32)
+    return _Anchors(center[:, None], points.to(torch.float32), squares, extent)
+
+
+def _squared_distances(
+    maps: Tensor, block: Block, about: _Anchors, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """‖x − a‖² (T, C, p) and ‖x‖² (T, 1, p) about the mean."""
+    x = take_offsets(maps, block, about.center, scratch)
+    squared = scratch("squared", x.dtype, len(x), len(about.points), x.shape[2])
+    squared.copy_(about.squares)
+    for part, points in zip(x.split(_CHANNELS, 1), about.points.split(_CHANNELS, 1), strict=True):
+        squared.baddbmm_(points.expand(len(x), -1, -1), part, alpha=-2)
+    norms = x.mul_(x).sum(dim=1, keepdim=True)
+    return squared.add_(norms), norms
+
+
+def _is_precise(squared: Tensor, norms: Tensor | float, part: float) -> Tensor:
+    """Whether a squared distance is, at such squared norms about the mean.
+
+    None is where a value is not finite, or where squares leave the range of float32.
+    """
+    return (squared >= part * norms) & (squared > 1e-30) & (squared < 1e30)
+
+
+def _at(maps: Tensor, chosen: Tensor) -> Tensor:
+    """The rows (P, K) of maps (N, K, *) at the chosen pixels (N, *)."""
+    return maps.movedim(1, -1)[chosen]
+
+
+def _add_by_class(maps: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """The sums (C, D) of features, added one by one. Class C is of those that are in none."""
+    bins = (num_classes + 1) * _LANES
+    walk, sums = _walk(maps, bins, (maps.shape[1], bins))
+    scratch = Scratch(maps.device)
+    for block in walk:
+        x = take(maps, block, torch.float64, scratch)
+        places = get(targets, block) * _LANES + torch.arange(x.shape[2]) % _LANES
+        sums[: len(x)].scatter_add_(2, places.expand_as(x), x)
+    of_classes = sums.sum(dim=0).view(-1, num_classes + 1, _LANES).sum(dim=2)
+    return of_classes.T[:num_classes].contiguous()
+
+
+def _add_by_product(maps: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """The same as a product, which is faster where a pixel's channels are neighbors."""
+    walk, sums = _walk(maps, num_classes, (num_classes, maps.shape[1]))
+    classes, scratch = torch.arange(num_classes)[:, None], Scratch(maps.device)
+    for block in walk:
+        x = take(maps, block, torch.float64, scratch)
+        members = (get(targets, block) == classes).to(torch.float64)
+        sums[: len(x)].baddbmm_(members, x.mT)
+    return sums.sum(dim=0)
+
+
+def _walk(maps: Tensor, per_pixel: int, shape: tuple[int, int]) -> tuple[list[Block], Tensor]:
+    """Blocks, and zeros of a shape for each tile of the largest."""
+    walk = list(blocks(maps, torch.float64, per_pixel))
+    most = max((len(get(maps, block)) for block in walk), default=0)
+    return walk, torch.zeros(most, *shape, dtype=torch.float64)

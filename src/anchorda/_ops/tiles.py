@@ -1,0 +1,145 @@
+"""How the operators in plain torch walk over their input: in blocks of tiles that fit a cache.
+
+Maps ``(N, K, *)`` are seen as matrices ``(N, K, P)``. A tile is a matrix of all channels and a few
+pixels, a block some tiles ``(T, K, p)``, copied one behind the other. Torch divides what it does
+with a block among its threads by tiles, so that a core finds in its own cache what it wrote there:
+over one wide matrix it would divide some of it by channels and some by pixels, and the cores would
+spend more time on passing the halves to each other than on the arithmetic.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+# Of a block: 4 MB stay near a core's cache; a GPU wants fewer, larger steps.
+_BLOCK_BYTES_CPU = 2**22
+_BLOCK_BYTES_GPU = 2**24
+# Of a tile: enough for its matrix products to be fast.
+_TILE_ELEMENTS = 2**15
+_TILE_PIXELS = 128
+
+
+class Block(NamedTuple):
+    """Some tiles of the pixels of some images."""
+
+    images: slice
+    pixels: slice
+    tiles: int
+    """Of each image: they divide its pixels evenly."""
+
+
+@final
+class Scratch:
+    """Memory that the blocks of one call share: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A tensor of any content, valid until the next one of that name."""
+        size, held = math.prod(shape), self._held.get(name)
+        if held is None or len(held) < size:
+            held = self._held[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return held[:size].view(shape)
+
+
+def has_rows(maps: Tensor) -> bool:
+    """Whether the channels of a pixel are neighbors in memory, rather than the pixels."""
+    return maps.stride(1) == 1
+
+
+def matrices(maps: Tensor) -> Tensor:
+    """Maps (N, K, *) as (N, K, P): a view where the pixels of an image lie at one distance.
+
+    Rows (N, K) are one image of N pixels.
+    """
+    return maps.T.unsqueeze(0) if maps.dim() == 2 else maps.flatten(2)
+
+
+def scalars(maps: Tensor) -> Tensor:
+    """Maps (N, *) as matrices (N, 1, P) likewise."""
+    return matrices(maps.unsqueeze(1))
+
+
+def new_gradient(features: Tensor) -> Tensor:
+    """Memory for a gradient, in the layout of the features: channels-last or contiguous."""
+    n, channels, *spatial = features.shape
+    if has_rows(features):
+        return features.new_empty(n, *spatial, channels).movedim(-1, 1)
+    return features.new_empty(features.shape)
+
+
+def blocks(maps: Tensor, dtype: torch.dtype, num_classes: int = 1) -> Iterator[Block]:
+    """Blocks that cover matrices (N, K, P), of few enough pixels.
+
+    Few enough for their features in a dtype, and as many values as there are classes, to fit the
+    limit.
+    """
+    images, channels, pixels = maps.shape
+    limit = _BLOCK_BYTES_CPU if maps.device.type == "cpu" else _BLOCK_BYTES_GPU
+    limit //= dtype.itemsize
+    per_pixel = channels + num_classes
+    of_tile = min(max(_TILE_PIXELS, _TILE_ELEMENTS // per_pixel), max(1, limit // per_pixel))
+    of_tile = max(1, min(of_tile, pixels))
+    most = max(1, limit // (of_tile * per_pixel))
+    tiles, rest = divmod(pixels, of_tile)
+    if tiles > 0:
+        at_once, step = max(1, most // tiles), of_tile * _share(tiles, most)
+        for of_images in _ranges(0, images, at_once):
+            for of_pixels in _ranges(0, pixels - rest, step):
+                yield Block(of_images, of_pixels, (of_pixels.stop - of_pixels.start) // of_tile)
+    if rest > 0:
+        for of_images in _ranges(0, images, most):
+            yield Block(of_images, slice(pixels - rest, pixels), 1)
+
+
+def _share(items: int, most: int) -> int:
+    """How many to take at once, if shares are to be even and at most so large."""
+    return math.ceil(items / math.ceil(items / most))
+
+
+def _ranges(start: int, stop: int, step: int) -> Iterator[slice]:
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
+
+
+def _view(maps: Tensor, block: Block) -> Tensor:
+    """The tiles (images, tiles, K, p) of a block of matrices (N, K, P)."""
+    of_block = maps[block.images, :, block.pixels]
+    images, channels, pixels = of_block.shape
+    shape = images, channels, block.tiles, pixels // block.tiles
+    return of_block.view(shape).movedim(2, 1)
+
+
+def get(maps: Tensor, block: Block) -> Tensor:
+    """The tiles (T, K, p) of a block, to be read."""
+    return _view(maps, block).flatten(0, 1)
+
+
+def put(maps: Tensor, block: Block, tiles: Tensor) -> None:
+    """Write the tiles (T, K, p) of a block."""
+    view = _view(maps, block)
+    view.copy_(tiles.view(view.shape))
+
+
+def take(maps: Tensor, block: Block, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """A copy (T, K, p) of the tiles of a block, to be written over; in the maps' layout."""
+    view = _view(maps, block)
+    return _like(view, dtype, scratch).copy_(view).flatten(0, 1)
+
+
+def take_offsets(maps: Tensor, block: Block, center: Tensor, scratch: Scratch) -> Tensor:
+    """The same of the offsets from a center (K, 1), in its dtype."""
+    view = _view(maps, block)
+    return torch.sub(view, center, out=_like(view, center.dtype, scratch)).flatten(0, 1)
+
+
+def _like(view: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """Scratch memory for such tiles, one behind the other."""
+    if has_rows(view[0]):
+        return scratch("tiles", dtype, *view.mT.shape).mT
+    return scratch("tiles", dtype, *view.shape)
