@@ -153,7 +153,7 @@ def pixel_losses_backward(
     points, _ = _points(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     of_losses, losses, targets = scalars(grad_losses), scalars(losses), scalars(labels)
-    for block in blocks(maps, points.dtype):
+    for block in blocks(maps, points.dtype, one_tile=True):
         y, scale = _labels(targets, block), get(of_losses, block)
         if distance == "euclidean":
             norms = get(losses, block)

@@ -73,19 +73,23 @@ def new_gradient(features: Tensor) -> Tensor:
     return features.new_empty(features.shape)
 
 
-def blocks(maps: Tensor, dtype: torch.dtype, num_classes: int = 1) -> Iterator[Block]:
+def blocks(
+    maps: Tensor, dtype: torch.dtype, num_classes: int = 1, *, one_tile: bool = False
+) -> Iterator[Block]:
     """Blocks that cover matrices (N, K, P), of few enough pixels.
 
     Few enough for their features in a dtype, and as many values as there are classes, to fit the
-    limit.
+    limit. One tile, instead of several, suits what no channel shares with another: torch divides
+    it by channels, as it does the results that it is copied to.
     """
     images, channels, pixels = maps.shape
     limit = _BLOCK_BYTES_CPU if maps.device.type == "cpu" else _BLOCK_BYTES_GPU
     limit //= dtype.itemsize
     per_pixel = channels + num_classes
-    of_tile = min(max(_TILE_PIXELS, _TILE_ELEMENTS // per_pixel), max(1, limit // per_pixel))
-    of_tile = max(1, min(of_tile, pixels))
-    most = max(1, limit // (of_tile * per_pixel))
+    of_block = max(1, limit // per_pixel)
+    of_tile = of_block if one_tile else max(_TILE_PIXELS, _TILE_ELEMENTS // per_pixel)
+    of_tile = max(1, min(of_tile, of_block, pixels))
+    most = of_block // of_tile
     tiles, rest = divmod(pixels, of_tile)
     if tiles > 0:
         at_once, step = max(1, most // tiles), of_tile * _share(tiles, most)
