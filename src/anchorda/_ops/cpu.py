@@ -21,10 +21,11 @@ from .tiles import (
     has_rows,
     matrices,
     new_gradient,
+    place,
     put,
+    room,
     scalars,
     take,
-    take_offsets,
 )
 
 # The part of all pixels that the reference computes once more, at most.
@@ -99,7 +100,7 @@ def contrastive_losses(
     distances = torch.empty(features.shape[0], anchors.shape[0], *features.shape[2:])
     losses, targets = torch.empty(labels.shape), scalars(labels)
     few = _FEW * losses.numel()
-    for block in blocks(maps, torch.float32, anchors.shape[0]):
+    for block in blocks(maps, torch.float32, 4 * anchors.shape[0]):
         y = get(targets, block).to(torch.int64)
         squared, norms = _squared_distances(maps, block, about, scratch)
         first = squared.amin(dim=1, keepdim=True)
@@ -128,17 +129,19 @@ def contrastive_losses_backward(
 ) -> Tensor:
     """See `reference.contrastive_losses_backward`."""
     about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
-    first = distances.amin(dim=1).square_()
-    doubts = (labels >= 0) & ~_is_precise(first, about.extent, _PART_OF_LOSSES)
+    squared = distances.amin(dim=1).square_()
+    doubts = (labels >= 0) & ~_is_precise(squared, about.extent, _PART_OF_LOSSES)
+    del squared
     if int(doubts.count_nonzero()) > _FEW * doubts.numel():
         return reference.contrastive_losses_backward(
             grad_losses, distances, features, labels, anchors, temperature
         )
     grad, targets, rates = new_gradient(features), scalars(labels), scalars(grad_losses)
-    for block in blocks(maps, torch.float32, anchors.shape[0]):
+    for block in blocks(maps, torch.float32, 4 * anchors.shape[0]):
         y, d = get(targets, block).to(torch.int64), get(matrices(distances), block)
         weights = reference.cross_entropy_gradient(d, y, get(rates, block), temperature).div_(d)
-        x = take_offsets(maps, block, about.center, scratch)
+        x = place(matrices(grad), block, torch.float32, scratch)
+        torch.sub(get(maps, block), about.center, out=x)
         of_tiles = reference.weighted_offsets(x, about.points, weights)
         put(matrices(grad), block, reference.kept(of_tiles, y >= 0))
     if bool(doubts.any()):
@@ -177,7 +180,8 @@ def _squared_distances(
     maps: Tensor, block: Block, about: _Anchors, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     """‖x − a‖² (T, C, p) and ‖x‖² (T, 1, p) about the mean."""
-    x = take_offsets(maps, block, about.center, scratch)
+    x = room(maps, block, torch.float32, scratch)
+    torch.sub(get(maps, block), about.center, out=x)
     squared = scratch("squared", x.dtype, len(x), len(about.points), x.shape[2])
     squared.copy_(about.squares)
     for part, points in zip(x.split(_CHANNELS, 1), about.points.split(_CHANNELS, 1), strict=True):

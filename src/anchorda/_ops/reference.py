@@ -91,7 +91,7 @@ def anchor_distances_backward(
     points, _ = _points(anchors, _wide_dtype(features))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     of_distances, distances = matrices(grad_distances), matrices(distances)
-    for block in blocks(maps, points.dtype, anchors.shape[0]):
+    for block in blocks(maps, points.dtype, 4 * anchors.shape[0]):
         d = get(distances, block).to(points.dtype)
         g = get(of_distances, block).to(points.dtype)
         x = take(maps, block, points.dtype, scratch)
@@ -182,7 +182,7 @@ def contrastive_losses(
     shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
     distances = torch.empty(shape, dtype=result_dtype(features), device=features.device)
     losses = distances.new_empty(labels.shape)
-    for block in blocks(maps, points.dtype, anchors.shape[0]):
+    for block in blocks(maps, points.dtype, 4 * anchors.shape[0]):
         of_tiles = _block_distances(maps, block, points, squares, scratch)
         put(matrices(distances), block, of_tiles)
         y = _labels(targets, block)
@@ -202,7 +202,7 @@ def contrastive_losses_backward(
     points, _ = _points(anchors, _wide_dtype(features))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     distances, targets, of_losses = matrices(distances), scalars(labels), scalars(grad_losses)
-    for block in blocks(maps, points.dtype, anchors.shape[0]):
+    for block in blocks(maps, points.dtype, 4 * anchors.shape[0]):
         d, y = get(distances, block).to(points.dtype), _labels(targets, block)
         g = cross_entropy_gradient(d, y, get(of_losses, block), temperature)
         x = take(maps, block, points.dtype, scratch)

@@ -74,18 +74,18 @@ def new_gradient(features: Tensor) -> Tensor:
 
 
 def blocks(
-    maps: Tensor, dtype: torch.dtype, num_classes: int = 1, *, one_tile: bool = False
+    maps: Tensor, dtype: torch.dtype, others: int = 1, *, one_tile: bool = False
 ) -> Iterator[Block]:
     """Blocks that cover matrices (N, K, P), of few enough pixels.
 
-    Few enough for their features in a dtype, and as many values as there are classes, to fit the
-    limit. One tile, instead of several, suits what no channel shares with another: torch divides
+    Few enough for their features, and some other values a pixel, to fit the limit in that dtype.
+    One tile, instead of several, suits what no channel shares with another: torch divides
     it by channels, as it does the results that it is copied to.
     """
     images, channels, pixels = maps.shape
     limit = _BLOCK_BYTES_CPU if maps.device.type == "cpu" else _BLOCK_BYTES_GPU
     limit //= dtype.itemsize
-    per_pixel = channels + num_classes
+    per_pixel = channels + others
     of_block = max(1, limit // per_pixel)
     of_tile = of_block if one_tile else max(_TILE_PIXELS, _TILE_ELEMENTS // per_pixel)
     of_tile = max(1, min(of_tile, of_block, pixels))
@@ -124,26 +124,28 @@ def get(maps: Tensor, block: Block) -> Tensor:
     return _view(maps, block).flatten(0, 1)
 
 
-def put(maps: Tensor, block: Block, tiles: Tensor) -> None:
-    """Write the tiles (T, K, p) of a block."""
-    view = _view(maps, block)
-    view.copy_(tiles.view(view.shape))
+def room(maps: Tensor, block: Block, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """Memory for the tiles (T, K, p) of a block, in the layout of the maps."""
+    images, tiles, channels, pixels = _view(maps, block).shape
+    if has_rows(maps):
+        return scratch("tiles", dtype, images * tiles, pixels, channels).mT
+    return scratch("tiles", dtype, images * tiles, channels, pixels)
 
 
 def take(maps: Tensor, block: Block, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """A copy (T, K, p) of the tiles of a block, to be written over; in the maps' layout."""
+    """A copy (T, K, p) of the tiles of a block, to be written over."""
+    return room(maps, block, dtype, scratch).copy_(get(maps, block))
+
+
+def place(maps: Tensor, block: Block, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """Memory for what will be put into a block: its own, where it has the dtype and rows."""
+    if maps.dtype == dtype and has_rows(maps):
+        return get(maps, block)
+    return room(maps, block, dtype, scratch)
+
+
+def put(maps: Tensor, block: Block, tiles: Tensor) -> None:
+    """Write the tiles (T, K, p) of a block, unless they are in their place."""
     view = _view(maps, block)
-    return _like(view, dtype, scratch).copy_(view).flatten(0, 1)
-
-
-def take_offsets(maps: Tensor, block: Block, center: Tensor, scratch: Scratch) -> Tensor:
-    """The same of the offsets from a center (K, 1), in its dtype."""
-    view = _view(maps, block)
-    return torch.sub(view, center, out=_like(view, center.dtype, scratch)).flatten(0, 1)
-
-
-def _like(view: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """Scratch memory for such tiles, one behind the other."""
-    if has_rows(view[0]):
-        return scratch("tiles", dtype, *view.mT.shape).mT
-    return scratch("tiles", dtype, *view.shape)
+    if tiles.data_ptr() != view.data_ptr():
+        view.copy_(tiles.view(view.shape))
