@@ -13,14 +13,15 @@ where they are. Extra memory is what torch allocates at the peak of a call, the 
 a fraction of the features: Faiss and PyKeOps allocate some besides.
 
 Three tables in Markdown go to the terminal: all contenders; our operators by layout and dtype; and
-by the number of pixels, channels and classes. OUTPUT/operators.png is the picture of the first and
-the last, and OUTPUT/operators.csv has a line for each measurement:
+by the number of pixels, channels and classes, and by how near the features lie to their anchors.
+OUTPUT/operators.png is the picture of the first and the last, and OUTPUT/operators.csv has a line
+for each measurement:
 
-- table: contenders, layouts, pixels, dim or classes;
+- table: contenders, layouts, pixels, dim, classes or spread;
 - operator, contender, floor: who was measured, and its floor, which has lines of its own;
 - ms, low, high: the median, tenth and ninetieth percentile of the milliseconds of a call;
 - ratio, memory: of the median to the floor's, of the extra memory to the features';
-- features, layout, dtype, pixels, dim, classes: what it was measured on;
+- features, layout, dtype, pixels, dim, classes, spread: what it was measured on;
 - machine, device, threads, python, torch, numpy, anchorda: where it was measured.
 """
 
@@ -66,6 +67,8 @@ class Case(NamedTuple):
     classes: int = 19
     layout: str = "NCHW"
     dtype: str = "float32"
+    spread: float = 0.3
+    """Standard deviation of a channel about its anchor; that of the anchors is 0.29."""
 
 
 class Inputs(NamedTuple):
@@ -85,12 +88,17 @@ Contender = Callable[[Inputs], Answer]
 
 
 def draw(case: Case, device: str) -> Inputs:
-    """Features around the anchors of their classes, a tenth of them unlabeled."""
+    """Features around the anchors of their classes, a tenth of them unlabeled.
+
+    Eight pixels in a row are of one class, as neighbors mostly are.
+    """
     torch.manual_seed(0)
     anchors = torch.rand(case.classes, case.dim)
-    labels = torch.randint(case.classes, case.shape)
+    *lines, width = case.shape
+    labels = torch.randint(case.classes, (*lines, math.ceil(width / 8)))
+    labels = labels.repeat_interleave(8, dim=-1)[..., :width]
     noise = torch.randn(case.shape[0], case.dim, *case.shape[1:])
-    features = anchors[labels].movedim(-1, 1) + 0.3 * noise
+    features = anchors[labels].movedim(-1, 1) + case.spread * noise
     labels = labels.where(torch.rand(case.shape) > 0.1, IGNORE)
     features = features.contiguous().to(device, getattr(torch, case.dtype))
     if case.layout == "channels-last":
@@ -359,6 +367,7 @@ class Measurement(NamedTuple):
     pixels: int
     dim: int
     classes: int
+    spread: float
 
 
 def is_right(answer: Answer, truth: Answer) -> bool:
@@ -453,6 +462,7 @@ def measure(
                 pixels=inputs.labels.numel(),
                 dim=case.dim,
                 classes=case.classes,
+                spread=case.spread,
             )
         )
     return rows
@@ -471,7 +481,7 @@ def layouts(shape: tuple[int, ...]) -> list[Case]:
 
 
 def sweeps(shape: tuple[int, int, int]) -> dict[str, list[Case]]:
-    """More and more pixels, channels and classes."""
+    """More and more pixels, channels and classes, and features farther from their anchors."""
     n, h, w = shape
     shapes = [(1, h // 4, w // 4), (1, h // 2, w // 2), (1, h, w), shape, (2 * n, h, w)]
     half = (math.ceil(n / 2), h, w)  # the widest features fill as much memory as four such halves
@@ -479,6 +489,7 @@ def sweeps(shape: tuple[int, int, int]) -> dict[str, list[Case]]:
         "pixels": [Case(some) for some in dict.fromkeys(shapes)],
         "dim": [Case(half, dim=dim) for dim in (64, 128, 255, 256, 512, 1024, 2048)],
         "classes": [Case(shape, classes=classes) for classes in (2, 19, 64, 150, 256)],
+        "spread": [Case(shape, spread=spread) for spread in (0.03, 0.1, 0.2, 0.3, 0.6)],
     }
 
 
@@ -561,7 +572,7 @@ def plot_sweep(axes: Axes, rows: list[Measurement], field: str) -> None:
         axes.plot(x, [row.ratio for row in ours], "o-", label=f"{name} / {ours[0].floor}")
     axes.axhline(1, color="0.5", linewidth=1, linestyle="--")
     axes.set_xscale("log", base=2)
-    names = {"pixels": "pixels P", "dim": "channels D", "classes": "classes C"}
+    names = {"pixels": "pixels P", "dim": "channels D", "classes": "classes C", "spread": "spread"}
     axes.set_xlabel(names[field])
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -578,7 +589,7 @@ def save_plot(path: Path, tables: dict[str, list[Measurement]]) -> None:
     bars = upper.subplots(len(heights), 1, height_ratios=heights)
     for axes, rows in zip(bars, by_operator.values(), strict=True):
         plot_contenders(axes, rows)
-    fields = ("pixels", "dim", "classes")
+    fields = ("pixels", "dim", "classes", "spread")
     lines = lower.subplots(1, len(fields), sharey=True)
     for axes, field in zip(lines, fields, strict=True):
         plot_sweep(axes, tables[field], field)
@@ -621,9 +632,9 @@ def main() -> None:
         ]
     print("\nBy layout and dtype: ratio, median, extra memory:\n")
     print(our_table(tables["layouts"], ("operator", "layout"), "dtype"))
-    print("\nBy pixels, channels and classes, likewise:\n")
-    scaling = tables["pixels"] + tables["dim"] + tables["classes"]
-    print(our_table(scaling, ("features", "classes"), "operator"), flush=True)
+    print("\nBy pixels, channels, classes and spread, likewise:\n")
+    scaling = [row for field in sweeps(shape) for row in tables[field]]
+    print(our_table(scaling, ("features", "classes", "spread"), "operator"), flush=True)
 
     save_csv(options.output / "operators.csv", tables, where)
     save_plot(options.output / "operators.png", tables)

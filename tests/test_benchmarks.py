@@ -112,7 +112,7 @@ def test_a_run_writes_the_documented_columns_and_a_picture(
 ) -> None:
     monkeypatch.setattr(operators, "optional_labelers", lambda device: {})  # one compiles
     monkeypatch.setattr(operators, "WARM_UPS", 0)
-    few = {"pixels": CASES[:1], "dim": CASES[:1], "classes": CASES[:1]}
+    few = {name: CASES[:1] for name in operators.sweeps((1, 6, 7))}
     monkeypatch.setattr(operators, "sweeps", lambda shape: few)
     arguments = ["--pixels", "1", "6", "7", "--repeats", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["operators.py", *arguments])
@@ -135,7 +135,7 @@ def test_a_run_writes_the_documented_columns_and_a_picture(
 
 def test_sweeps_vary_one_thing_at_a_time() -> None:
     for field, cases in operators.sweeps((2, 128, 224)).items():
-        varied = {"pixels": "shape", "dim": "dim", "classes": "classes"}[field]
+        varied = "shape" if field == "pixels" else field
         first, *others = cases
         assert len({getattr(case, varied) for case in cases}) == len(cases)
         assert {case._replace(**{varied: getattr(first, varied)}) for case in others} == {first}

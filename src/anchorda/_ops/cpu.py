@@ -2,8 +2,9 @@
 
 Labels and the contrastive loss come from float32 products of the features and the anchors about the
 anchors' mean, as far as those are precise enough. They are not where a pixel is near an anchor, nor
-can they choose between two anchors that are about as near: such pixels are left to the reference,
-and so are all if these are not few. The values decide, which the host may look at here.
+can they choose between two anchors that are about as near: such pixels are left to the reference if
+they are few. If they are many, the nearest distances are computed from offsets, and what offsets do
+not help is computed by the reference throughout. The values decide; here the host may look at them.
 """
 
 import math
@@ -66,26 +67,18 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
 
 def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nearest_anchors`."""
-    about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
-    labels, nearest, second = reference.new_nearest(features)
+    results, near, doubts = _nearest_in_float32(features, anchors)
+    labels, nearest, second = results
     few = _FEW * labels.numel()
-    # Of a difference of squared distances, in parts of ‖x‖² + ‖a‖²: what adding up rounds at most.
-    rounding = (2 * features.shape[1] + 32) * 2.0**-24
-    for block in blocks(maps, torch.float32, anchors.shape[0]):
-        squared, norms = _squared_distances(maps, block, about, scratch)
-        winner, first, next_ = reference.two_least(squared)
-        gap = (norms + about.extent).mul_(rounding)
-        sure = _is_precise(first, norms, _PART_OF_SCORES) & (next_ - first > gap)
-        few -= int(sure.logical_not().count_nonzero())
-        if few < 0:
-            return reference.nearest_anchors(features, anchors)
-        put(scalars(labels), block, winner)
-        put(scalars(nearest), block, torch.where(sure, first, math.nan))
-        put(scalars(second), block, next_)
-    nearest.sqrt_()
-    second.sqrt_()
-    doubts = nearest.isnan()
-    if bool(doubts.any()):
+    if int(near.count_nonzero()) > few:
+        targets = torch.where(near, labels, -1)
+        nearest += reference.pixel_losses(features, targets, anchors, "euclidean")
+    else:
+        doubts |= near
+    count = int(doubts.count_nonzero())
+    if count > few:
+        return reference.nearest_anchors(features, anchors)
+    if count > 0:
         again = reference.nearest_anchors(_at(features, doubts), anchors)
         for result, values in zip((labels, nearest, second), again, strict=True):
             result[doubts] = values
@@ -104,7 +97,7 @@ def contrastive_losses(
         y = get(targets, block).to(torch.int64)
         squared, norms = _squared_distances(maps, block, about, scratch)
         first = squared.amin(dim=1, keepdim=True)
-        sure = _is_precise(first, norms, _PART_OF_LOSSES) | (y < 0)
+        sure = _is_precise(first, norms) | (y < 0)
         few -= int(sure.logical_not().count_nonzero())
         if few < 0:
             return reference.contrastive_losses(features, labels, anchors, temperature)
@@ -130,7 +123,7 @@ def contrastive_losses_backward(
     """See `reference.contrastive_losses_backward`."""
     about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
     squared = distances.amin(dim=1).square_()
-    doubts = (labels >= 0) & ~_is_precise(squared, about.extent, _PART_OF_LOSSES)
+    doubts = (labels >= 0) & ~_is_precise(squared, about.extent)
     del squared
     if int(doubts.count_nonzero()) > _FEW * doubts.numel():
         return reference.contrastive_losses_backward(
@@ -176,6 +169,29 @@ def _about_mean(anchors: Tensor) -> _Anchors:
     return _Anchors(center[:, None], points.to(torch.float32), squares, extent)
 
 
+def _nearest_in_float32(
+    features: Tensor, anchors: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """The same, 0 where the nearest distance is imprecise; where that is; and other doubts."""
+    about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
+    labels, nearest, second = reference.new_nearest(features)
+    near, doubts = torch.empty(2, *labels.shape, dtype=torch.bool)
+    # Of a difference of squared distances, in parts of ‖x‖² + ‖a‖²: what adding up rounds at most.
+    rounding = (2 * features.shape[1] + 32) * 2.0**-24
+    for block in blocks(maps, torch.float32, anchors.shape[0]):
+        squared, norms = _squared_distances(maps, block, about, scratch)
+        winner, first, next_ = reference.two_least(squared)
+        scale, least = norms + about.extent, norms.mul_(_PART_OF_SCORES)
+        is_near = first < least
+        sure = (next_ - first > rounding * scale) & (next_ >= least) & _in_range(scale)
+        put(scalars(labels), block, winner)
+        put(scalars(nearest), block, torch.where(is_near, 0.0, first))
+        put(scalars(second), block, next_)
+        put(scalars(near), block, is_near)
+        put(scalars(doubts), block, ~sure)
+    return (labels, nearest.sqrt_(), second.sqrt_()), near, doubts
+
+
 def _squared_distances(
     maps: Tensor, block: Block, about: _Anchors, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
@@ -190,12 +206,14 @@ def _squared_distances(
     return squared.add_(norms), norms
 
 
-def _is_precise(squared: Tensor, norms: Tensor | float, part: float) -> Tensor:
-    """Whether a squared distance is, at such squared norms about the mean.
+def _is_precise(squared: Tensor, norms: Tensor | float) -> Tensor:
+    """Whether squared distances to the nearest anchor are, at such squared norms about the mean."""
+    return (squared >= _PART_OF_LOSSES * norms) & _in_range(squared)
 
-    None is where a value is not finite, or where squares leave the range of float32.
-    """
-    return (squared >= part * norms) & (squared > 1e-30) & (squared < 1e30)
+
+def _in_range(squares: Tensor) -> Tensor:
+    """Whether float32 holds such squares, and what is left of them; not if they are NaN."""
+    return (squares > 1e-30) & (squares < 1e30)
 
 
 def _at(maps: Tensor, chosen: Tensor) -> Tensor:
