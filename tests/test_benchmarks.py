@@ -112,7 +112,7 @@ def test_a_run_writes_the_documented_columns_and_a_picture(
 ) -> None:
     monkeypatch.setattr(operators, "optional_labelers", lambda device: {})  # one compiles
     monkeypatch.setattr(operators, "WARM_UPS", 0)
-    few = {name: CASES[:1] for name in operators.sweeps((1, 6, 7))}
+    few = dict.fromkeys(operators.sweeps((1, 6, 7)), CASES[:1])
     monkeypatch.setattr(operators, "sweeps", lambda shape: few)
     arguments = ["--pixels", "1", "6", "7", "--repeats", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["operators.py", *arguments])
