@@ -93,7 +93,7 @@ def contrastive_losses(
     distances = torch.empty(features.shape[0], anchors.shape[0], *features.shape[2:])
     losses, targets = torch.empty(labels.shape), scalars(labels)
     few = _FEW * losses.numel()
-    for block in blocks(maps, torch.float32, 4 * anchors.shape[0]):
+    for block in blocks(maps, torch.float32, anchors.shape[0]):
         y = get(targets, block).to(torch.int64)
         squared, norms = _squared_distances(maps, block, about, scratch)
         first = squared.amin(dim=1, keepdim=True)
@@ -121,22 +121,29 @@ def contrastive_losses_backward(
     temperature: float,
 ) -> Tensor:
     """See `reference.contrastive_losses_backward`."""
-    about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
-    squared = distances.amin(dim=1).square_()
-    doubts = (labels >= 0) & ~_is_precise(squared, about.extent)
-    del squared
+    about, scratch = _about_mean(anchors), Scratch(features.device)
+    nearest = distances.amin(dim=1).square_()
+    doubts = (labels >= 0) & ~_is_precise(nearest, about.extent)
+    # Where all are in range, 0 times whatever comes of a pixel without a label is 0.
+    all_in_range = bool(_in_range(nearest).all())
+    del nearest
     if int(doubts.count_nonzero()) > _FEW * doubts.numel():
         return reference.contrastive_losses_backward(
             grad_losses, distances, features, labels, anchors, temperature
         )
-    grad, targets, rates = new_gradient(features), scalars(labels), scalars(grad_losses)
-    for block in blocks(maps, torch.float32, 4 * anchors.shape[0]):
-        y, d = get(targets, block).to(torch.int64), get(matrices(distances), block)
-        weights = reference.cross_entropy_gradient(d, y, get(rates, block), temperature).div_(d)
-        x = place(matrices(grad), block, torch.float32, scratch)
+    grad = new_gradient(features)
+    maps, of_pixels, of_grad = matrices(features), matrices(distances), matrices(grad)
+    targets, rates = scalars(labels), scalars(grad_losses)
+    for block in blocks(maps, torch.float32, 4 * anchors.shape[0], one_tile=not has_rows(maps)):
+        y, d = get(targets, block).to(torch.int64), get(of_pixels, block)
+        weights = reference.softmax_gradient(d, y.clamp(min=0), temperature)
+        weights.mul_(torch.where(y >= 0, get(rates, block) / -temperature, 0.0)).div_(d)
+        x = place(of_grad, block, torch.float32, scratch)
         torch.sub(get(maps, block), about.center, out=x)
-        of_tiles = reference.weighted_offsets(x, about.points, weights)
-        put(matrices(grad), block, reference.kept(of_tiles, y >= 0))
+        x = reference.weighted_offsets(x, about.points, weights)
+        if not all_in_range:
+            x = reference.kept(x, y >= 0)
+        put(of_grad, block, x)
     if bool(doubts.any()):
         grad.movedim(1, -1)[doubts] = reference.contrastive_losses_backward(
             *(grad_losses[doubts], _at(distances, doubts), _at(features, doubts)),

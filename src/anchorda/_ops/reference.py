@@ -91,7 +91,7 @@ def anchor_distances_backward(
     points, _ = _points(anchors, _wide_dtype(features))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     of_distances, distances = matrices(grad_distances), matrices(distances)
-    for block in blocks(maps, points.dtype, 4 * anchors.shape[0]):
+    for block in blocks(maps, points.dtype, 4 * anchors.shape[0], one_tile=not has_rows(maps)):
         d = get(distances, block).to(points.dtype)
         g = get(of_distances, block).to(points.dtype)
         x = take(maps, block, points.dtype, scratch)
@@ -182,7 +182,7 @@ def contrastive_losses(
     shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
     distances = torch.empty(shape, dtype=result_dtype(features), device=features.device)
     losses = distances.new_empty(labels.shape)
-    for block in blocks(maps, points.dtype, 4 * anchors.shape[0]):
+    for block in blocks(maps, points.dtype, anchors.shape[0]):
         of_tiles = _block_distances(maps, block, points, squares, scratch)
         put(matrices(distances), block, of_tiles)
         y = _labels(targets, block)
@@ -202,9 +202,10 @@ def contrastive_losses_backward(
     points, _ = _points(anchors, _wide_dtype(features))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     distances, targets, of_losses = matrices(distances), scalars(labels), scalars(grad_losses)
-    for block in blocks(maps, points.dtype, 4 * anchors.shape[0]):
+    for block in blocks(maps, points.dtype, 4 * anchors.shape[0], one_tile=not has_rows(maps)):
         d, y = get(distances, block).to(points.dtype), _labels(targets, block)
-        g = cross_entropy_gradient(d, y, get(of_losses, block), temperature)
+        share = softmax_gradient(d, y.clamp(min=0), temperature)
+        g = kept(share.mul_(get(of_losses, block) / -temperature), y >= 0)
         x = take(maps, block, points.dtype, scratch)
         put(matrices(grad), block, distance_gradient(x, points, g, d))
     return grad
@@ -242,14 +243,11 @@ def cross_entropy(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
     return torch.where(y >= 0, total, 0.0)
 
 
-def cross_entropy_gradient(
-    distances: Tensor, y: Tensor, grad: Tensor, temperature: float
-) -> Tensor:
-    """The gradient (T, C, p) of the distances from that (T, 1, p) of the cross-entropy."""
-    share = distances.div(-temperature).softmax(dim=1)
-    share.scatter_add_(1, y.clamp(min=0), share.new_full((1, 1, 1), -1.0).expand_as(y))
-    of_pixels = torch.where(y >= 0, grad.to(share.dtype) / -temperature, 0.0)
-    return kept(share.mul_(of_pixels), y >= 0)
+def softmax_gradient(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """The softmax (T, C, p) over −distance / temperature, less 1 at the label."""
+    share = (distances.amin(dim=1, keepdim=True) - distances).div_(temperature).exp_()
+    share.div_(share.sum(dim=1, keepdim=True))
+    return share.scatter_add_(1, y, share.new_full((1, 1, 1), -1.0).expand_as(y))
 
 
 def distance_gradient(x: Tensor, points: Tensor, grad: Tensor, distances: Tensor) -> Tensor:
@@ -262,11 +260,15 @@ def distance_gradient(x: Tensor, points: Tensor, grad: Tensor, distances: Tensor
 def weighted_offsets(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     """The sums over the classes of w · (x − a), written over tiles x (T, D, p)."""
     x.mul_(weights.sum(dim=1, keepdim=True))
-    of_tiles = points.expand(len(x), *points.shape)
     if has_rows(x):
-        x.mT.baddbmm_(weights.mT, of_tiles, alpha=-1)
-    else:
-        x.baddbmm_(of_tiles.mT, weights, alpha=-1)
+        x.mT.baddbmm_(weights.mT, points.expand(len(x), *points.shape), alpha=-1)
+        return x
+    # By groups of channels, as all else that is done to a tile is divided among threads.
+    groups = math.gcd(x.shape[1], 8)
+    of_groups = points.T.reshape(groups, x.shape[1] // groups, len(points))
+    for tile, of_tile in zip(x, weights, strict=True):
+        grouped = tile.view(groups, x.shape[1] // groups, x.shape[2])
+        grouped.baddbmm_(of_groups, of_tile.expand(groups, *of_tile.shape), alpha=-1)
     return x
 
 
