@@ -139,7 +139,7 @@ def contrastive_losses_backward(
         weights = reference.softmax_gradient(d, y.clamp(min=0), temperature)
         weights.mul_(torch.where(y >= 0, get(rates, block) / -temperature, 0.0)).div_(d)
         x = place(of_grad, block, torch.float32, scratch)
-        torch.sub(get(maps, block), about.center, out=x)
+        x = _offsets(maps, block, about.center, x)
         x = reference.weighted_offsets(x, about.points, weights)
         if not all_in_range:
             x = reference.kept(x, y >= 0)
@@ -203,14 +203,21 @@ def _squared_distances(
     maps: Tensor, block: Block, about: _Anchors, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     """‖x − a‖² (T, C, p) and ‖x‖² (T, 1, p) about the mean."""
-    x = room(maps, block, torch.float32, scratch)
-    torch.sub(get(maps, block), about.center, out=x)
+    x = _offsets(maps, block, about.center, room(maps, block, torch.float32, scratch))
     squared = scratch("squared", x.dtype, len(x), len(about.points), x.shape[2])
     squared.copy_(about.squares)
     for part, points in zip(x.split(_CHANNELS, 1), about.points.split(_CHANNELS, 1), strict=True):
         squared.baddbmm_(points.expand(len(x), -1, -1), part, alpha=-2)
     norms = x.mul_(x).sum(dim=1, keepdim=True)
     return squared.add_(norms), norms
+
+
+def _offsets(maps: Tensor, block: Block, center: Tensor, out: Tensor) -> Tensor:
+    """Offsets (T, D, p) of a block from a center (D, 1), written to `out`."""
+    tiles = get(maps, block)
+    if tiles.dtype == out.dtype:
+        return torch.sub(tiles, center, out=out)
+    return out.copy_(tiles).sub_(center)  # where torch would convert them to new memory first
 
 
 def _is_precise(squared: Tensor, norms: Tensor | float) -> Tensor:
