@@ -237,10 +237,10 @@ def two_least(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def cross_entropy(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
     """Cross-entropy (T, 1, p) of tiles (T, C, p), 0 for negative labels. Writes over distances."""
-    own = distances.gather(1, y.clamp(min=0))
-    # Relative to its own class, a pixel whose loss is near 0 loses nothing to its distance.
-    total = distances.sub_(own).div_(-temperature).logsumexp(dim=1, keepdim=True)
-    return torch.where(y >= 0, total, 0.0)
+    # From the least distance, so that no exponential overflows, and a loss near 0 stays precise.
+    least, own = distances.amin(dim=1, keepdim=True), distances.gather(1, y.clamp(min=0))
+    others = distances.sub_(least).div_(-temperature).exp_().sum(dim=1, keepdim=True)
+    return torch.where(y >= 0, (own - least).div_(temperature).add_(others.log_()), 0.0)
 
 
 def softmax_gradient(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
