@@ -10,6 +10,7 @@ from torch import Tensor
 
 import anchorda
 from anchorda import _ops
+from anchorda._ops import cpu
 from tests.oracles import draw
 
 NUM_CLASSES = 4
@@ -192,13 +193,19 @@ OPERATORS: list[tuple[str, Callable[[list[Tensor]], tuple[Any, ...]]]] = [
 ]
 
 
+@pytest.mark.parametrize("many", [0, cpu._MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("name", "select"), OPERATORS, ids=[name for name, _ in OPERATORS])
 # The check of torch 2.14 warns of itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators_keep_the_rules(
-    name: str, select: Callable[[list[Tensor]], tuple[Any, ...]], dtype: torch.dtype
+    name: str,
+    select: Callable[[list[Tensor]], tuple[Any, ...]],
+    dtype: torch.dtype,
+    many: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cpu, "_MANY", many)
     problem = arguments(dtype=dtype)
     # All classes seen: the check compares gradients of all results, and takes NaN for different.
     inputs = select([*problem[:3], problem[3].nan_to_num(1.0)])

@@ -213,10 +213,12 @@ def test_class_sums_of_long_runs_and_of_features_that_are_not_finite(layout: str
 
 
 def test_only_where_it_is_faster_and_as_precise() -> None:
-    features = torch.randn(4, 3)
+    features = torch.randn(2**17, 4)
     assert cpu.adds(features)
     assert cpu.multiplies(features)
     assert cpu.multiplies(features.half())
+    assert cpu.adds(features[1:])
+    assert not cpu.multiplies(features[1:])
     for other in (features.double(), features.to("meta")):
         assert not cpu.adds(other)
         assert not cpu.multiplies(other)
@@ -225,20 +227,20 @@ def test_only_where_it_is_faster_and_as_precise() -> None:
         assert cpu.adds(features)
         assert not cpu.multiplies(features)
         with calls_of("nearest_anchors") as calls:
-            _ops.nearest_anchors(features, torch.randn(2, 3))
+            _ops.nearest_anchors(features, torch.randn(2, 4))
         assert len(calls) == 1
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
 def test_a_precision_that_is_set_by_the_newer_interface() -> None:
-    backend = torch.backends.mkldnn
+    features, backend = torch.randn(2**17, 4), torch.backends.mkldnn
     if not hasattr(backend, "matmul"):
         pytest.skip("this torch has the older interface alone")
     before = backend.matmul.fp32_precision
     try:
         backend.matmul.fp32_precision = "bf16"
-        assert not cpu.multiplies(torch.randn(4, 3))
+        assert not cpu.multiplies(features)
     finally:
         backend.matmul.fp32_precision = before
-    assert cpu.multiplies(torch.randn(4, 3))
+    assert cpu.multiplies(features)

@@ -29,6 +29,8 @@ from .tiles import (
     take,
 )
 
+# Features, below which plain float64 is as fast.
+_MANY = 2**19
 # The part of all pixels that the reference computes once more, at most.
 _FEW = 1 / 32
 # The part of ‖x‖² that the squared distance to the nearest anchor must not be less than: what is
@@ -47,9 +49,14 @@ def adds(features: Tensor) -> bool:
 
 
 def multiplies(features: Tensor) -> bool:
-    """Whether the others are: not where a user lets float32 be multiplied in less."""
+    """Whether the others are: not where a user lets float32 be multiplied in less.
+
+    Nor where so few features are that their arithmetic costs less than the calls for it.
+    """
+    if not adds(features) or features.numel() < _MANY:
+        return False
     try:
-        return adds(features) and torch.get_float32_matmul_precision() == "highest"
+        return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # it was set by the newer interface, for which this one does not answer
         return False
 

@@ -88,7 +88,7 @@ def blocks(
     per_pixel = channels + others
     of_block = max(1, limit // per_pixel)
     of_tile = of_block if one_tile else max(_TILE_PIXELS, _TILE_ELEMENTS // per_pixel)
-    of_tile = max(1, min(of_tile, of_block, pixels))
+    of_tile = _divisor(pixels, max(1, min(of_tile, of_block, pixels)))
     most = of_block // of_tile
     tiles, rest = divmod(pixels, of_tile)
     if tiles > 0:
@@ -99,6 +99,11 @@ def blocks(
     if rest > 0:
         for of_images in _ranges(0, images, most):
             yield Block(of_images, slice(pixels - rest, pixels), 1)
+
+
+def _divisor(items: int, most: int) -> int:
+    """The largest divisor of a number up to `most`, or `most` if none is half as large."""
+    return next((size for size in range(most, most // 2, -1) if items % size == 0), most)
 
 
 def _share(items: int, most: int) -> int:
