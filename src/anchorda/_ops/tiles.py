@@ -87,8 +87,11 @@ def blocks(
     limit //= dtype.itemsize
     per_pixel = channels + others
     of_block = max(1, limit // per_pixel)
-    of_tile = of_block if one_tile else max(_TILE_PIXELS, _TILE_ELEMENTS // per_pixel)
-    of_tile = _divisor(pixels, max(1, min(of_tile, of_block, pixels)))
+    if one_tile:
+        of_tile = _share(max(1, pixels), of_block)
+    else:
+        of_tile = max(_TILE_PIXELS, _TILE_ELEMENTS // per_pixel)
+        of_tile = _divisor(pixels, max(1, min(of_tile, of_block, pixels)))
     most = of_block // of_tile
     tiles, rest = divmod(pixels, of_tile)
     if tiles > 0:
