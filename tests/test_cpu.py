@@ -212,6 +212,25 @@ def test_class_sums_of_long_runs_and_of_features_that_are_not_finite(layout: str
         assert counts.sum() == 2 * 27 * 33 - (value != 0)
 
 
+def test_results_do_not_depend_on_the_default_dtype() -> None:
+    features, labels, anchors = easy()
+
+    def results() -> list[Tensor]:
+        losses, distances = cpu.contrastive_losses(features, labels, anchors, 1.0)
+        grad = cpu.contrastive_losses_backward(losses, distances, features, labels, anchors, 1.0)
+        return [
+            *(losses, distances, grad, *cpu.nearest_anchors(features, anchors)),
+            *cpu.class_sums(features, labels, 19),
+        ]
+
+    expected = results()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.testing.assert_close(results(), expected, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_only_where_it_is_faster_and_as_precise() -> None:
     features = torch.randn(2**17, 4)
     assert cpu.adds(features)

@@ -97,8 +97,9 @@ def contrastive_losses(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.contrastive_losses`; distances of pixels without a label may be imprecise."""
     about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
-    distances = torch.empty(features.shape[0], anchors.shape[0], *features.shape[2:])
-    losses, targets = torch.empty(labels.shape), scalars(labels)
+    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
+    distances = features.new_empty(shape, dtype=torch.float32)
+    losses, targets = distances.new_empty(labels.shape), scalars(labels)
     few = _FEW * losses.numel()
     for block in blocks(maps, torch.float32, anchors.shape[0]):
         y = get(targets, block).to(torch.int64)
@@ -130,6 +131,7 @@ def contrastive_losses_backward(
     """See `reference.contrastive_losses_backward`."""
     about, scratch = _about_mean(anchors), Scratch(features.device)
     nearest = distances.amin(dim=1).square_()
+    # ‖x‖ is at most the distance to an anchor and the norm of that.
     doubts = (labels >= 0) & ~_is_precise(nearest, about.extent)
     # Where all are in range, 0 times whatever comes of a pixel without a label is 0.
     all_in_range = bool(_in_range(nearest).all())
@@ -186,16 +188,17 @@ def _about_mean(anchors: Tensor) -> _Anchors:
 def _nearest_in_float32(
     features: Tensor, anchors: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """The same, 0 where the nearest distance is imprecise; where that is; and other doubts."""
+    """The results; where the nearest distance is imprecise, and 0; and where others are."""
     about, maps, scratch = _about_mean(anchors), matrices(features), Scratch(features.device)
     labels, nearest, second = reference.new_nearest(features)
-    near, doubts = torch.empty(2, *labels.shape, dtype=torch.bool)
+    near, doubts = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
     # Of a difference of squared distances, in parts of ‖x‖² + ‖a‖²: what adding up rounds at most.
     rounding = (2 * features.shape[1] + 32) * 2.0**-24
     for block in blocks(maps, torch.float32, anchors.shape[0]):
         squared, norms = _squared_distances(maps, block, about, scratch)
         winner, first, next_ = reference.two_least(squared)
-        scale, least = norms + about.extent, norms.mul_(_PART_OF_SCORES)
+        scale = norms + about.extent
+        least = norms.mul_(_PART_OF_SCORES)
         is_near = first < least
         sure = (next_ - first > rounding * scale) & (next_ >= least) & _in_range(scale)
         put(scalars(labels), block, winner)
@@ -249,7 +252,7 @@ def _add_by_class(maps: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     scratch = Scratch(maps.device)
     for block in walk:
         x = take(maps, block, torch.float64, scratch)
-        places = get(targets, block) * _LANES + torch.arange(x.shape[2]) % _LANES
+        places = get(targets, block) * _LANES + torch.arange(x.shape[2], device=x.device) % _LANES
         sums[: len(x)].scatter_add_(2, places.expand_as(x), x)
     of_classes = sums.sum(dim=0).view(-1, num_classes + 1, _LANES).sum(dim=2)
     return of_classes.T[:num_classes].contiguous()
@@ -258,7 +261,7 @@ def _add_by_class(maps: Tensor, targets: Tensor, num_classes: int) -> Tensor:
 def _add_by_product(maps: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     """The same as a product, which is faster where a pixel's channels are neighbors."""
     walk, sums = _walk(maps, num_classes, (num_classes, maps.shape[1]))
-    classes, scratch = torch.arange(num_classes)[:, None], Scratch(maps.device)
+    classes, scratch = torch.arange(num_classes, device=maps.device)[:, None], Scratch(maps.device)
     for block in walk:
         x = take(maps, block, torch.float64, scratch)
         members = (get(targets, block) == classes).to(torch.float64)
@@ -270,4 +273,4 @@ def _walk(maps: Tensor, per_pixel: int, shape: tuple[int, int]) -> tuple[list[Bl
     """Blocks, and zeros of a shape for each tile of the largest."""
     walk = list(blocks(maps, torch.float64, per_pixel))
     most = max((len(get(maps, block)) for block in walk), default=0)
-    return walk, torch.zeros(most, *shape, dtype=torch.float64)
+    return walk, maps.new_zeros(most, *shape, dtype=torch.float64)
