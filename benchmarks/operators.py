@@ -408,10 +408,10 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 def return_freed_memory() -> None:
     """Let glibc keep 16 MB of what is freed, so that every large result is written to fresh memory.
 
-    By default it may keep more or not, by what was called before: then a copy takes 2 ms or 16.
+    By default it keeps more or less by what was called before, and a copy takes a time by chance.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 2**24)
         mallopt(mmap_threshold, 2**25)

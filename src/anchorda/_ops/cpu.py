@@ -29,7 +29,7 @@ from .tiles import (
     take,
 )
 
-# Features, below which plain float64 is as fast.
+# Elements of the features, below which plain float64 is as fast.
 _MANY = 2**19
 # The part of all pixels that the reference computes once more, at most.
 _FEW = 1 / 32
@@ -102,7 +102,7 @@ def contrastive_losses(
     losses, targets = distances.new_empty(labels.shape), scalars(labels)
     few = _FEW * losses.numel()
     for block in blocks(maps, torch.float32, anchors.shape[0]):
-        y = get(targets, block).to(torch.int64)
+        y = reference.labels_at(targets, block)
         squared, norms = _squared_distances(maps, block, about, scratch)
         first = squared.amin(dim=1, keepdim=True)
         sure = _is_precise(first, norms) | (y < 0)
@@ -141,10 +141,10 @@ def contrastive_losses_backward(
             grad_losses, distances, features, labels, anchors, temperature
         )
     grad = new_gradient(features)
-    maps, of_pixels, of_grad = matrices(features), matrices(distances), matrices(grad)
+    maps, of_classes, of_grad = matrices(features), matrices(distances), matrices(grad)
     targets, rates = scalars(labels), scalars(grad_losses)
     for block in blocks(maps, torch.float32, 4 * anchors.shape[0], one_tile=not has_rows(maps)):
-        y, d = get(targets, block).to(torch.int64), get(of_pixels, block)
+        y, d = reference.labels_at(targets, block), get(of_classes, block)
         weights = reference.softmax_gradient(d, y.clamp(min=0), temperature)
         weights.mul_(torch.where(y >= 0, get(rates, block) / -temperature, 0.0)).div_(d)
         x = place(of_grad, block, torch.float32, scratch)
@@ -175,6 +175,7 @@ class _Anchors(NamedTuple):
 
 
 def _about_mean(anchors: Tensor) -> _Anchors:
+    """Anchors (C, D) about their mean, which is NaN if no class is seen."""
     seen = anchors.isfinite().all(dim=1, keepdim=True)
     wide = torch.where(seen, anchors, 0.0).to(torch.float64)
     center = (wide.sum(dim=0) / seen.sum()).to(torch.float32)

@@ -48,7 +48,7 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     sums = torch.zeros(num_classes, features.shape[1], dtype=dtype, device=features.device)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device)
     for block in blocks(maps, dtype, num_classes):
-        members = (_labels(targets, block) == classes) & _finite(maps, block, scratch)
+        members = (labels_at(targets, block) == classes) & _finite(maps, block, scratch)
         # A NaN times a weight of zero is a NaN.
         x = take(maps, block, dtype, scratch).nan_to_num_(0.0, 0.0, 0.0)
         of_tiles = scratch("sums", dtype, len(x), *sums.shape).zero_()
@@ -65,7 +65,7 @@ def image_sums_backward(grad_sums: Tensor, features: Tensor, labels: Tensor) -> 
     for i in range(features.shape[0]):
         maps, targets = matrices(features[i : i + 1]), scalars(labels[i : i + 1])
         for block in blocks(maps, _wide_dtype(features)):
-            y = _labels(targets, block)
+            y = labels_at(targets, block)
             summed = (y >= 0) & (y < num_classes) & _finite(maps, block, scratch)
             of_pixels = _rows_of(grad_sums[i], y.clamp(0, num_classes - 1), maps, scratch)
             put(matrices(grad[i : i + 1]), block, kept(of_pixels, summed))
@@ -127,7 +127,7 @@ def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: st
     maps, targets, scratch = matrices(features), scalars(labels), Scratch(features.device)
     losses = torch.empty(labels.shape, dtype=result_dtype(features), device=features.device)
     for block in blocks(maps, points.dtype):
-        y = _labels(targets, block)
+        y = labels_at(targets, block)
         offsets = _offsets(maps, block, points, y, scratch)
         if distance == "smooth_l1":
             size = offsets.abs_()
@@ -154,7 +154,7 @@ def pixel_losses_backward(
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     of_losses, losses, targets = scalars(grad_losses), scalars(losses), scalars(labels)
     for block in blocks(maps, points.dtype, one_tile=True):
-        y, scale = _labels(targets, block), get(of_losses, block)
+        y, scale = labels_at(targets, block), get(of_losses, block)
         if distance == "euclidean":
             norms = get(losses, block)
             scale = scale / torch.where(norms == 0, 1.0, norms)
@@ -185,7 +185,7 @@ def contrastive_losses(
     for block in blocks(maps, points.dtype, anchors.shape[0]):
         of_tiles = _block_distances(maps, block, points, squares, scratch)
         put(matrices(distances), block, of_tiles)
-        y = _labels(targets, block)
+        y = labels_at(targets, block)
         put(scalars(losses), block, cross_entropy(of_tiles, y, temperature))
     return losses, distances
 
@@ -203,7 +203,7 @@ def contrastive_losses_backward(
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     distances, targets, of_losses = matrices(distances), scalars(labels), scalars(grad_losses)
     for block in blocks(maps, points.dtype, 4 * anchors.shape[0], one_tile=not has_rows(maps)):
-        d, y = get(distances, block).to(points.dtype), _labels(targets, block)
+        d, y = get(distances, block).to(points.dtype), labels_at(targets, block)
         share = softmax_gradient(d, y.clamp(min=0), temperature)
         g = kept(share.mul_(get(of_losses, block) / -temperature), y >= 0)
         x = take(maps, block, points.dtype, scratch)
@@ -217,6 +217,11 @@ def new_nearest(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.empty(shape, dtype=torch.int32, device=features.device)
     nearest = torch.empty(shape, dtype=result_dtype(features), device=features.device)
     return labels, nearest, torch.empty_like(nearest)
+
+
+def labels_at(targets: Tensor, block: Block) -> Tensor:
+    """The labels (T, 1, p) int64 of a block."""
+    return get(targets, block).to(torch.int64)
 
 
 def two_least(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,10 +297,6 @@ def _points(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     seen = anchors.isfinite().all(dim=1, keepdim=True)
     points = torch.where(seen, anchors, 0.0).to(dtype)
     return points, torch.where(seen, points.square().sum(dim=1, keepdim=True), math.inf)
-
-
-def _labels(targets: Tensor, block: Block) -> Tensor:
-    return get(targets, block).to(torch.int64)
 
 
 def _finite(maps: Tensor, block: Block, scratch: Scratch) -> Tensor:

@@ -3,8 +3,8 @@
 Maps ``(N, K, *)`` are seen as matrices ``(N, K, P)``. A tile is a matrix of all channels and a few
 pixels, a block some tiles ``(T, K, p)``, copied one behind the other. Torch divides what it does
 with a block among its threads by tiles, so that a core finds in its own cache what it wrote there:
-over one wide matrix it would divide some of it by channels and some by pixels, and the cores would
-spend more time on passing the halves to each other than on the arithmetic.
+over one wide matrix it would divide some steps by channels and some by pixels, and half of a block
+would go from one core to another in between.
 """
 
 import math
