@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gta5_to_cityscapes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "synthetic"))
 
 import numpy as np
 import torch

@@ -9,11 +9,14 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "synthetic"))
 
 import parallel
 import torch

@@ -5,7 +5,7 @@ is gathered in two styles: `SUNNY`, a wide street in a sunny game, and `OVERCAST
 on a dull day through a car's camera. Shapes and places of things are common to both, so that a
 network trained on the source transfers in part.
 
-    python examples/gta5_to_cityscapes/synthetic.py runs/synthetic
+    python examples/synthetic/synthetic.py runs/synthetic
 """
 
 import argparse
@@ -14,12 +14,15 @@ import math
 import os
 import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gta5_to_cityscapes"))
 
 import numpy as np
 from classes import CLASSES
