@@ -228,37 +228,49 @@ def pixel_distance(feature: Array, anchor: Array, kind: str) -> float:
     return sum(0.5 * s**2 if s < 1 else s - 0.5 for s in sizes) / len(sizes)
 
 
-def distance_loss(x: Array, y: Labels, a: Array, kind: str, average: str) -> float:
+def distance_loss(
+    x: Array, y: Labels, a: Array, kind: str, average: str, weights: Array | None = None
+) -> float:
     of_class: dict[int, list[float]] = {}
-    for feature, label in zip(x, y, strict=True):
+    for i, (feature, label) in enumerate(zip(x, y, strict=True)):
         if 0 <= label < len(a) and np.isfinite(a[label]).all():
-            of_class.setdefault(int(label), []).append(pixel_distance(feature, a[label], kind))
+            loss = pixel_distance(feature, a[label], kind) * (1 if weights is None else weights[i])
+            of_class.setdefault(int(label), []).append(loss)
     groups = list(of_class.values())
     if average == "pixel":
         groups = [[loss] for group in groups for loss in group]
     return sum(sum(group) / len(group) for group in groups) / max(1, len(groups))
 
 
-def contrastive_loss(x: Array, y: Labels, a: Array, temperature: float) -> float:
+def contrastive_loss(
+    x: Array, y: Labels, a: Array, temperature: float, weights: Array | None = None
+) -> float:
     losses = []
-    for feature, label in zip(x, y, strict=True):
+    for i, (feature, label) in enumerate(zip(x, y, strict=True)):
         if 0 <= label < len(a) and np.isfinite(a[label]).all():
             seen = [k for k in range(len(a)) if np.isfinite(a[k]).all()]
             similarities = np.array([-distance(feature, a[k]) / temperature for k in seen])
-            losses.append(-math.log(softmax(similarities)[seen.index(int(label))]))
+            loss = -math.log(softmax(similarities)[seen.index(int(label))])
+            losses.append(loss * (1 if weights is None else weights[i]))
     return sum(losses) / max(1, len(losses))
 
 
-def cross_entropy(z: Array, y: Labels, weight: Sequence[float], smoothing: float) -> float:
-    """Weighted mean; smoothing moves that part of the target evenly to all classes."""
+def cross_entropy(
+    z: Array, y: Labels, weight: Sequence[float], smoothing: float, weights: Array | None = None
+) -> float:
+    """Weighted mean; smoothing moves that part of the target evenly to all classes.
+
+    The weight of a class enters the divisor, that of a pixel does not.
+    """
     total, norm = 0.0, 0.0
-    for logits, label in zip(z, y, strict=True):
+    for i, (logits, label) in enumerate(zip(z, y, strict=True)):
         if not 0 <= label < len(logits):
             continue
         probabilities = softmax(logits)
         for c, probability in enumerate(probabilities):
             target = smoothing / len(logits) + (1 - smoothing) * (c == label)
-            total -= weight[c] * target * math.log(probability)
+            loss = -weight[c] * target * math.log(probability)
+            total += loss * (1 if weights is None else weights[i])
         norm += weight[label]
     return total / norm if norm else 0.0
 

@@ -17,7 +17,7 @@ from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out
 # Measured: 1.7e-7 relative, a few roundings to float32.
 RELATIVE_TOLERANCE = 2e-6
 NAN, INF = math.nan, math.inf
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of features, labels and anchors, with pixel weights as an option
 DISTANCE_OPTIONS = [
     {"distance": distance, "average": average}
     for distance in get_args(Distance)
@@ -29,10 +29,14 @@ FEATURE_LOSSES: list[Loss] = [
 ]
 
 
-def logit_loss(logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+def logit_loss(
+    logits: Tensor, labels: Tensor, anchors: Tensor, pixel_weights: Tensor | None = None
+) -> Tensor:
     """The discriminative loss in the signature of the others: their features are its logits."""
     weight = torch.arange(1, logits.shape[1] + 1, device=logits.device)
-    return anchorda.discriminative_loss(logits, labels, weight=weight, label_smoothing=0.1)
+    return anchorda.discriminative_loss(
+        logits, labels, weight=weight, label_smoothing=0.1, pixel_weights=pixel_weights
+    )
 
 
 LOSSES: list[Loss] = [*FEATURE_LOSSES, logit_loss]
@@ -312,6 +316,62 @@ def test_other_modules_are_their_functions() -> None:
     assert torch.equal(discriminative.state_dict()["weight"], weight)
     assert not anchorda.DiscriminativeLoss().state_dict()
     assert repr(discriminative) == "DiscriminativeLoss(label_smoothing=0.1)"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pixel_weights(shape: Sequence[int]) -> None:
+    features, labels, logits, anchors = draw(shape)
+    anchors[1] = NAN
+    weights = torch.rand(*shape)
+    x, y, a, z = rows(features), flat(labels), anchors.double().numpy(), rows(logits)
+    w = weights.double().flatten().numpy()
+    pairs = [
+        (
+            anchorda.anchor_distance_loss(
+                features, labels, anchors, pixel_weights=weights, **options
+            ),
+            oracles.distance_loss(x, y, a, options["distance"], options["average"], w),
+        )
+        for options in DISTANCE_OPTIONS
+    ]
+    of_classes = [0.5, 0.0, 2.0, 1.0]
+    pairs += [
+        (
+            anchorda.anchor_contrastive_loss(features, labels, anchors, pixel_weights=weights),
+            oracles.contrastive_loss(x, y, a, 1.0, w),
+        ),
+        (
+            anchorda.discriminative_loss(
+                logits, labels, weight=torch.tensor(of_classes), pixel_weights=weights
+            ),
+            oracles.cross_entropy(z, y, of_classes, 0.0, w),
+        ),
+    ]
+    for loss, expected in pairs:
+        np.testing.assert_allclose(loss.item(), expected, rtol=RELATIVE_TOLERANCE, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_pixel_weights_are_constants_and_do_not_reach_ignored_pixels(loss: Loss) -> None:
+    features, labels, _, anchors = draw((2, 5, 3))
+    features.requires_grad_()
+    ones = torch.ones(2, 5, 3)
+    plain, weighted = (
+        loss(features, labels, anchors),
+        loss(features, labels, anchors, pixel_weights=ones),
+    )
+    assert torch.equal(plain, weighted)
+    assert torch.equal(gradient(plain, features), gradient(weighted, features))
+    ignored = (labels < 0) | (labels >= 4)
+    poisoned = torch.where(ignored, NAN, 2.0).half().requires_grad_()
+    doubled = loss(features, labels, anchors, pixel_weights=poisoned)
+    torch.testing.assert_close(doubled, 2 * plain)
+    doubled.backward()
+    assert poisoned.grad is None
+    with pytest.raises(ValueError, match="Expected `pixel_weights` of shape"):
+        loss(features, labels, anchors, pixel_weights=ones[:1])
+    with pytest.raises(TypeError, match="Expected `pixel_weights` of a floating-point dtype"):
+        loss(features, labels, anchors, pixel_weights=ones.bool())
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, INF, NAN])

@@ -108,6 +108,18 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
     _check_alike(scores, "scores", labels, "labels", " Pass both as a labeler returned them.")
 
 
+def check_pixel_weights(weights: Tensor | None, labels: Tensor, name: str = "labels") -> None:
+    """Reject pixel weights that are not floating point and of the shape and device of the labels.
+
+    ``None`` is a weight of 1 everywhere.
+    """
+    if weights is None:
+        return
+    check_tensor(weights, "pixel_weights")
+    _check_floating(weights, "pixel_weights")
+    _check_alike(weights, "pixel_weights", labels, name)
+
+
 def check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
     """Reject names that are not one for each class; without names, number the classes."""
     if names is None:

@@ -2,6 +2,10 @@
 
 Each is a function and a module that calls it. Anchors are passed in, never owned and never
 differentiated through. Where no pixel is active a loss is a zero that is connected to the graph.
+
+``pixel_weights`` is everywhere a floating-point tensor ``(N, *)``, a constant to the gradient: the
+loss is the mean over the active pixels of weight × loss. Weights do not renormalize: weights of 1
+change nothing. The weight of an ignored pixel has no influence.
 """
 
 import math
@@ -21,6 +25,7 @@ from ._checks import (
     check_features,
     check_labels,
     check_logits,
+    check_pixel_weights,
     check_range,
     check_tensor,
 )
@@ -37,6 +42,7 @@ def anchor_distance_loss(
     *,
     distance: Distance = "euclidean",
     average: Average = "pixel",
+    pixel_weights: Tensor | None = None,
 ) -> Tensor:
     r"""Mean distance of the features to the anchor of their label.
 
@@ -56,6 +62,7 @@ def anchor_distance_loss(
         anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
         distance: see above.
         average: see above.
+        pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
 
     Returns:
         A scalar, float32 (float64 for float64 features), which the squared distances must not
@@ -79,9 +86,10 @@ def anchor_distance_loss(
     """
     check_choice(distance, "distance", ("euclidean", "squared", "smooth_l1"))
     check_choice(average, "average", ("pixel", "class"))
-    targets = _active_labels(features, labels, anchors)
+    targets = _active_labels(features, labels, anchors, pixel_weights)
     losses: Tensor = _ops.pixel_losses(features, targets, anchors.detach(), distance)
-    return (losses * _pixel_weights(targets, anchors.shape[0], average, losses.dtype)).sum()
+    losses = _weighted(losses, targets >= 0, pixel_weights)
+    return (losses * _shares(targets, anchors.shape[0], average, losses.dtype)).sum()
 
 
 def discriminative_loss(
@@ -90,6 +98,7 @@ def discriminative_loss(
     *,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    pixel_weights: Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy of the classifier on labels or pseudo-labels.
 
@@ -103,6 +112,7 @@ def discriminative_loss(
         labels: ``(N, *)``, any integer dtype.
         weight: of each class, ``(C,)``.
         label_smoothing: as in ``cross_entropy``, in [0, 1].
+        pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
 
     Returns:
         A scalar, float32 (float64 for float64 logits).
@@ -120,22 +130,24 @@ def discriminative_loss(
     check_logits(logits)
     check_labels(labels, logits, "logits")
     check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
-    num_classes = logits.shape[1]
-    labels = labels.long()
-    active = (labels >= 0) & (labels < num_classes)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if weight is None:
-        total = active.sum()
-    else:
+    check_pixel_weights(pixel_weights, labels)
+    if weight is not None:
         _check_weight(weight, logits)
-        weight = weight.to(logits.dtype)
-        total = torch.where(active, weight[labels.clamp(0, num_classes - 1)], 0.0).sum()
-    summed = _cross_entropy_sum(logits, torch.where(active, labels, -1), weight, label_smoothing)
-    return summed / torch.where(total == 0, 1, total)
+        weight = weight.to(_loss_dtype(logits))
+    targets = _labels_in_range(labels, logits.shape[1])
+    active = targets >= 0
+    losses = _cross_entropies(logits, targets, weight, label_smoothing)
+    total = active.sum() if weight is None else torch.where(active, weight[targets], 0.0).sum()
+    return _weighted(losses, active, pixel_weights).sum() / torch.where(total == 0, 1, total)
 
 
 def anchor_contrastive_loss(
-    features: Tensor, labels: Tensor, anchors: Tensor, *, temperature: float = 1.0
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    temperature: float = 1.0,
+    pixel_weights: Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy of the softmax over negative distances to the anchors.
 
@@ -150,6 +162,7 @@ def anchor_contrastive_loss(
         labels: ``(N, *)``, any integer dtype. Active is a label in [0, C) of a seen class.
         anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
         temperature: τ > 0, in the units of the features.
+        pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
 
     Returns:
         A scalar, float32 (float64 for float64 features). A non-finite feature propagates where
@@ -167,10 +180,10 @@ def anchor_contrastive_loss(
     tensor(0.1269)
     """
     _check_temperature(temperature)
-    targets = _active_labels(features, labels, anchors)
+    targets = _active_labels(features, labels, anchors, pixel_weights)
     losses: Tensor
     losses, _ = _ops.contrastive_losses(features, targets, anchors.detach(), float(temperature))
-    return losses.sum() / (targets >= 0).sum().clamp(min=1)
+    return _mean(losses, targets >= 0, pixel_weights)
 
 
 @final
@@ -205,10 +218,22 @@ class AnchorDistanceLoss(nn.Module):
         self.distance: Distance = distance
         self.average: Average = average
 
-    def forward(self, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        anchors: Tensor,
+        *,
+        pixel_weights: Tensor | None = None,
+    ) -> Tensor:
         """The loss of features (N, D, *) with labels (N, *) against anchors (C, D)."""
         return anchor_distance_loss(
-            features, labels, anchors, distance=self.distance, average=self.average
+            features,
+            labels,
+            anchors,
+            distance=self.distance,
+            average=self.average,
+            pixel_weights=pixel_weights,
         )
 
     def extra_repr(self) -> str:
@@ -247,10 +272,16 @@ class DiscriminativeLoss(nn.Module):
         self.register_buffer("weight", weight)
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor, labels: Tensor, *, pixel_weights: Tensor | None = None
+    ) -> Tensor:
         """The loss of logits (N, C, *) with labels (N, *)."""
         return discriminative_loss(
-            logits, labels, weight=self.weight, label_smoothing=self.label_smoothing
+            logits,
+            labels,
+            weight=self.weight,
+            label_smoothing=self.label_smoothing,
+            pixel_weights=pixel_weights,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -290,31 +321,57 @@ class AnchorContrastiveLoss(nn.Module):
         _check_temperature(temperature)
         self.temperature = temperature
 
-    def forward(self, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        anchors: Tensor,
+        *,
+        pixel_weights: Tensor | None = None,
+    ) -> Tensor:
         """The loss of features (N, D, *) with labels (N, *) against anchors (C, D)."""
-        return anchor_contrastive_loss(features, labels, anchors, temperature=self.temperature)
+        return anchor_contrastive_loss(
+            features, labels, anchors, temperature=self.temperature, pixel_weights=pixel_weights
+        )
 
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
         return f"temperature={self.temperature}"
 
 
-def _active_labels(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+def _active_labels(
+    features: Tensor, labels: Tensor, anchors: Tensor, pixel_weights: Tensor | None
+) -> Tensor:
     """Labels int64 (N, *), −1 where outside [0, C) or of an unseen class."""
     check_features(features)
     check_labels(labels, features)
     check_anchors(anchors, features)
-    num_classes = anchors.shape[0]
+    check_pixel_weights(pixel_weights, labels)
+    targets = _labels_in_range(labels, anchors.shape[0])
     seen = anchors.detach().isfinite().all(dim=1)
+    return torch.where(seen[targets], targets, -1)
+
+
+def _labels_in_range(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels int64, −1 where outside [0, C)."""
     labels = labels.long()
-    valid = (labels >= 0) & (labels < num_classes)
-    return torch.where(valid & seen[labels.clamp(0, num_classes - 1)], labels, -1)
+    return torch.where((labels >= 0) & (labels < num_classes), labels, -1)
 
 
-def _pixel_weights(
-    targets: Tensor, num_classes: int, average: Average, dtype: torch.dtype
-) -> Tensor:
-    """Weights (N, *) with which the pixels' losses sum up to their average."""
+def _weighted(losses: Tensor, active: Tensor, pixel_weights: Tensor | None) -> Tensor:
+    """The losses times their weights; the weight of an inactive pixel has no influence."""
+    if pixel_weights is None:
+        return losses
+    return losses * torch.where(active, pixel_weights.detach(), 0.0).to(losses.dtype)
+
+
+def _mean(losses: Tensor, active: Tensor, pixel_weights: Tensor | None) -> Tensor:
+    """The mean over the active pixels of weight × loss; inactive losses are 0."""
+    return _weighted(losses, active, pixel_weights).sum() / active.sum().clamp(min=1)
+
+
+def _shares(targets: Tensor, num_classes: int, average: Average, dtype: torch.dtype) -> Tensor:
+    """Factors (N, *) with which the pixels' losses sum up to their average."""
     active = targets >= 0
     if average == "pixel":
         return active.to(dtype) / active.sum().clamp(min=1)
@@ -325,18 +382,26 @@ def _pixel_weights(
     return active.to(dtype) / (counts[targets] * present).clamp(min=1)
 
 
-def _cross_entropy_sum(
-    logits: Tensor, targets: Tensor, weight: Tensor | None, label_smoothing: float
+def _loss_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of a loss: float64 for float64, else float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _cross_entropies(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy summed over the pixels whose target is not −1."""
+    """The cross-entropy (N, *) of each pixel, 0 where the target is −1."""
     # The softmax of an ignored pixel enters the gradient as 0·softmax: NaN where that is NaN.
-    logits = torch.where((targets >= 0).unsqueeze(1), logits, 0.0)
+    logits = torch.where((targets >= 0).unsqueeze(1), logits.to(_loss_dtype(logits)), 0.0)
     return F.cross_entropy(
         logits,
         targets,
         weight,
         ignore_index=-1,
-        reduction="sum",
+        reduction="none",
         label_smoothing=label_smoothing,
     )
 

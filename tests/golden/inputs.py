@@ -47,11 +47,12 @@ def deterministic_tensor(name: str, shape: tuple[int, ...]) -> Array:
     """A floating tensor of the network of ``deeplab_resnet101_forward.npz``, made from its name."""
     rng = np.random.RandomState(zlib.crc32(name.encode()) % 2**32)
     if name.endswith("running_var"):
-        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        return np.asarray(rng.uniform(0.5, 1.5, shape), np.float32)
     if name.endswith("running_mean"):
-        return (0.1 * rng.standard_normal(shape)).astype(np.float32)
+        return np.asarray(0.1 * rng.standard_normal(shape), np.float32)
     if len(shape) == 1:
         is_weight = name.endswith("weight")
         drawn = rng.uniform(0.5, 1.5, shape) if is_weight else 0.1 * rng.standard_normal(shape)
         return np.asarray(drawn, np.float32)
-    return (rng.standard_normal(shape) * np.sqrt(1.0 / np.prod(shape[1:]))).astype(np.float32)
+    scale = np.sqrt(1.0 / np.prod(shape[1:]))
+    return np.asarray(rng.standard_normal(shape) * scale, np.float32)
