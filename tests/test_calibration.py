@@ -330,7 +330,9 @@ def test_reachable_and_switched_off_margins_are_not_warned_of() -> None:
         warn_unreachable_margins(5.0, anchors[:1])
     with pytest.raises(ValueError, match="`min_margin` to be one number or of shape"):
         warn_unreachable_margins(torch.ones(3), anchors)
-    with pytest.raises(ValueError, match=r"one number or of shape \(C,\) = \(4,\), but got"):
+    with pytest.raises(
+        ValueError, match=r"of shape \(C,\) with one for each class, but got \(4, 1\)"
+    ):
         warn_unreachable_margins(torch.ones(4, 1), anchors)
     with pytest.raises(ValueError, match="`class_names` for 4 classes, but got 1"):
         warn_unreachable_margins(1.0, anchors, class_names=["road"])

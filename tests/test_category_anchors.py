@@ -209,7 +209,7 @@ def test_arrays_of_any_kind(awkward: Any, dtype: Any) -> None:  # noqa: ANN401
         (
             (np.ones((2, 3), np.int64),),
             TypeError,
-            "Expected `centroids` of floating-point dtype, but got int64. Convert them with "
+            "Expected `centroids` of a floating-point dtype, but got int64. Convert it with "
             "centroids.astype('float64').",
         ),
         (
@@ -221,7 +221,8 @@ def test_arrays_of_any_kind(awkward: Any, dtype: Any) -> None:  # noqa: ANN401
         (
             ([[1.0]],),
             TypeError,
-            "Expected `centroids` to be a torch.Tensor, but got list.",
+            "Expected `centroids` to be a torch.Tensor, but got list. Convert it with "
+            "torch.as_tensor(centroids).",
         ),
         (
             (np.ones(3),),
@@ -231,12 +232,12 @@ def test_arrays_of_any_kind(awkward: Any, dtype: Any) -> None:  # noqa: ANN401
         (
             (np.ones((2, 0)),),
             ValueError,
-            "Expected `feature_dim` of at least 1, but got 0.",
+            "Expected `centroids` of shape (C, D), one row for each class, but got (2, 0).",
         ),
         (
             (np.ones((2, 3)), np.ones(2)),
             TypeError,
-            "Expected `counts` of integer dtype, but got float64. Convert them with "
+            "Expected `counts` of an integer dtype, but got float64. Convert it with "
             "counts.astype('int64').",
         ),
         (

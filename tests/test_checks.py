@@ -77,7 +77,12 @@ def test_example_of_the_contract() -> None:
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ([1.0], TypeError, "Expected `{}` to be a torch.Tensor, but got list."),
+        (
+            [1.0],
+            TypeError,
+            "Expected `{0}` to be a torch.Tensor, but got list. "
+            "Convert it with torch.as_tensor({0}).",
+        ),
         (None, TypeError, "Expected `{}` to be a torch.Tensor, but got NoneType."),
         (
             torch.zeros(4),
@@ -104,7 +109,7 @@ def test_logits_need_a_class() -> None:
     assert_rejected(
         lambda: ProbabilityPseudoLabeler()(torch.zeros(2, 0, 3)),
         ValueError,
-        "Expected `logits` of shape (N, C, *) with at least one class, but got (2, 0, 3).",
+        "Expected `logits` of shape (N, C, *) with at least two classes, but got (2, 0, 3).",
     )
 
 
@@ -112,7 +117,12 @@ def test_logits_need_a_class() -> None:
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ([0], TypeError, "Expected `labels` to be a torch.Tensor, but got list."),
+        (
+            [0],
+            TypeError,
+            "Expected `labels` to be a torch.Tensor, but got list. "
+            "Convert it with torch.as_tensor(labels).",
+        ),
         *(
             (
                 LABELS.to(dtype),
@@ -177,7 +187,12 @@ def test_labels_of_other_ranks(shape: tuple[int, ...], dimensions: str) -> None:
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ([1.0], TypeError, "Expected `anchors` to be a torch.Tensor, but got list."),
+        (
+            [1.0],
+            TypeError,
+            "Expected `anchors` to be a torch.Tensor, but got list. "
+            "Convert it with torch.as_tensor(anchors).",
+        ),
         (
             ANCHORS.long(),
             TypeError,
@@ -268,7 +283,7 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: AnchorContrastiveLoss(temperature=-1.0),
         ValueError,
-        "Expected `temperature` in [0.0, inf], but got -1.0.",
+        "Expected `temperature` above 0 and finite, but got -1.0.",
     ),
     # Choices.
     (
@@ -370,7 +385,8 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: AnchorPseudoLabeler(torch.zeros(2, 2)),
         ValueError,
-        "Expected `min_margin` to be one number or of shape (C,), but got (2, 2).",
+        "Expected `min_margin` to be one number, or a tensor, array or sequence of shape (C,) with "
+        "one for each class, but got (2, 2).",
     ),
     (
         lambda: AnchorPseudoLabeler(float("nan")),
@@ -464,7 +480,7 @@ def test_device_of_minimum_probability_is_that_of_the_logits() -> None:
     [
         lambda: AnchorPseudoLabeler(None),  # type: ignore[arg-type]
         lambda: AnchorPseudoLabeler(9.0, ignore_index=255.0)(FEATURES, ANCHORS),  # type: ignore[arg-type]
-        lambda: anchorda.discriminative_loss(FEATURES, LABELS, weight=[1.0] * 3),  # type: ignore[arg-type]
+        lambda: anchorda.discriminative_loss(FEATURES, LABELS, weight="balanced"),  # type: ignore[arg-type]
         lambda: anchorda.resize_labels(LABELS, 2),  # type: ignore[arg-type]
         lambda: anchorda.resize_labels(LABELS, (2.5, 2.5)),  # type: ignore[arg-type]
     ],

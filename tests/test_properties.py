@@ -26,7 +26,7 @@ def problems(draw_: st.DrawFn, dtype: torch.dtype = torch.float32) -> Problem:
     """A problem of random rank, size and classes, sometimes with an unseen class."""
     shape = [draw_(st.integers(1, 3)), *draw_(st.lists(st.integers(1, 5), max_size=3))]
     torch.manual_seed(draw_(st.integers(0, 2**31)))
-    problem = draw(shape, draw_(st.integers(1, 6)), draw_(st.integers(1, 6)), dtype)
+    problem = draw(shape, draw_(st.integers(1, 6)), draw_(st.integers(2, 6)), dtype)
     if draw_(st.booleans()):
         problem.anchors[draw_(st.integers(0, len(problem.anchors) - 1))] = math.nan
     return problem

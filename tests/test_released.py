@@ -268,7 +268,7 @@ def test_golden_step(
         ((1, 6, 6), (1, 13), (0, 4, 4)),
     ],
 )
-@pytest.mark.parametrize(("dim", "num_classes"), [(3, 3), (1, 1), (6, 2)])
+@pytest.mark.parametrize(("dim", "num_classes"), [(3, 3), (1, 2), (6, 4)])
 def test_any_shape(
     source: Sequence[int], labels: Sequence[int], target: Sequence[int], dim: int, num_classes: int
 ) -> None:
@@ -297,13 +297,13 @@ def test_distance_weight(weight: float) -> None:
 
 
 def constant_step(pixels: int, value: float) -> Step:
-    """One class, that many pixels of it in a 4×5 source image, all of the same value; D = 1."""
+    """That many pixels of class 0 in a 4×5 source image, all of the same value; D = 1."""
     labels = torch.full((1, 20), 255)
     labels[0, :pixels] = 0
     labels = labels.reshape(1, 4, 5)
-    ignored, logits = torch.full((1, 4, 5), 255), torch.zeros(1, 1, 4, 5)
+    ignored, logits = torch.full((1, 4, 5), 255), torch.zeros(1, 2, 4, 5)
     features = torch.full((1, 1, 4, 5), value)
-    return Step(features, logits, labels, features, logits, ignored, ignored, torch.zeros(1, 1))
+    return Step(features, logits, labels, features, logits, ignored, ignored, torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize(
@@ -570,26 +570,27 @@ def test_on_the_meta_device() -> None:
         (
             {"anchor_labels": torch.zeros(3, 24, 20, dtype=torch.int64)},
             ValueError,
-            "Expected `anchor_labels` of shape (N, h, w) = (3, 6, 5) to match `target_features`, "
+            "Expected `anchor_labels` of shape (N, H, W) = (3, 6, 5) to match `target_features`, "
             "but got (3, 24, 20). Resize them with anchorda.resize_labels(anchor_labels, "
             "target_features.shape[2:]).",
         ),
         (
             {"probability_labels": torch.zeros(2, 6, 5, dtype=torch.int64)},
             ValueError,
-            "Expected `probability_labels` of shape (N, h, w) = (3, 6, 5) to match "
+            "Expected `probability_labels` of shape (N, H, W) = (3, 6, 5) to match "
             "`target_features`, but got (2, 6, 5).",
         ),
         (
             {"probability_labels": [0]},
             TypeError,
-            "Expected `probability_labels` to be a torch.Tensor, but got list.",
+            "Expected `probability_labels` to be a torch.Tensor, but got list. Convert it with "
+            "torch.as_tensor(probability_labels).",
         ),
         (
             {"anchors": torch.zeros(3, 5)},
             ValueError,
             "Expected `anchors` of shape (C, D) with D = 3 to match `features`, but got (3, 5). "
-            "Compute the anchors from features of the same layer.",
+            "Compute them from features of the same layer, or transpose them with anchors.T.",
         ),
         (
             {"anchor_labels": torch.zeros(3, 6, 5, dtype=torch.int64, device="meta")},

@@ -1,19 +1,50 @@
-"""Rejections at the public boundary: what was expected, what came, and the likely mend.
+"""Checks at the public boundary, and conversion of the numbers that users pass.
 
-Only types, shapes, dtypes, devices and plain Python numbers are looked at, never the values of a
-tensor: looking at those would make the host wait for the GPU.
+A rejection says what was expected, what came, and a likely fix. Numbers are accepted as Python
+numbers, NumPy scalars, and arrays or tensors without dimensions; values for each class also as
+arrays or sequences. The checks that convert return the value in the form that the library computes
+with; the others return nothing.
+
+Of tensors only types, shapes, dtypes, layouts and devices are inspected, never the values: reading
+those makes the host wait for the GPU. A number that is passed as a tensor is the exception.
 """
 
+import numbers
 from collections.abc import Sequence
+from typing import TypeAlias, TypeGuard, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+PerClass: TypeAlias = float | Sequence[float] | Tensor | npt.NDArray[np.number]
+"""One number for all classes, or one for each."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
+_INT64 = torch.iinfo(torch.int64)
+
 
 def check_tensor(value: object, name: str) -> None:
-    """Reject what is not a tensor."""
+    """Reject what is not a dense tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"Expected `{name}` to be a torch.Tensor, but got {type(value).__name__}.")
+        fix = ""
+        if isinstance(value, np.ndarray):
+            fix = f" Convert it with torch.from_numpy({name})."
+        elif isinstance(value, (list, float, int, np.generic)):
+            fix = f" Convert it with torch.as_tensor({name})."
+        raise TypeError(f"Expected `{name}` to be a torch.Tensor, but got {type_of(value)}.{fix}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout)
+        fix = f"torch.nested.to_padded_tensor({name}, 255)"
+        raise TypeError(
+            f"Expected `{name}` to be a dense tensor, but got a {kind} one. "
+            f"Convert it with {fix if value.is_nested else f'{name}.to_dense()'}."
+        )
 
 
 def check_features(features: Tensor, name: str = "features") -> None:
@@ -24,61 +55,66 @@ def check_features(features: Tensor, name: str = "features") -> None:
             f"Expected `{name}` of shape (N, D, *), batch and channels first, "
             f"but got {tuple(features.shape)}. Add the batch dimension with {name}.unsqueeze(0)."
         )
-    _check_floating(features, name)
+    check_floating(features, name)
 
 
-def check_logits(logits: Tensor) -> None:
-    """Reject what is not a floating-point tensor (N, C, *), C ≥ 1."""
-    check_features(logits, "logits")
-    if logits.shape[1] < 1:
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """Reject what is not a floating-point tensor (N, C, *), C ≥ 2."""
+    check_features(logits, name)
+    if logits.shape[1] < 2:
+        fix = (
+            " For two classes with one logit, pass "
+            f"torch.cat([-{name} / 2, {name} / 2], dim=1), whose softmax is the sigmoid."
+        )
         raise ValueError(
-            "Expected `logits` of shape (N, C, *) with at least one class, "
-            f"but got {tuple(logits.shape)}."
+            f"Expected `{name}` of shape (N, C, *) with at least two classes, "
+            f"but got {tuple(logits.shape)}.{fix if logits.shape[1] else ''}"
         )
 
 
 def check_label_map(labels: Tensor, name: str = "labels") -> None:
     """Reject what is not a tensor (N, *) of an integer dtype."""
-    check_tensor(labels, name)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(
-            f"Expected `{name}` of an integer dtype, but got {labels.dtype}. "
-            f"Convert them with {name}.long()."
-        )
+    check_integers(labels, name)
     if labels.ndim < 1:
         raise ValueError(f"Expected `{name}` of shape (N, *), but got a tensor without dimensions.")
 
 
-def check_labels(labels: Tensor, features: Tensor, name: str = "features") -> None:
+def check_labels(
+    labels: Tensor, features: Tensor, name: str = "features", labels_name: str = "labels"
+) -> None:
     """Reject labels (N, *) that do not match features or logits (N, D, *)."""
-    check_label_map(labels)
+    check_label_map(labels, labels_name)
     expected = (features.shape[0], *features.shape[2:])
     if tuple(labels.shape) != expected:
         raise ValueError(
-            f"Expected `labels` of shape {_dimensions(len(expected))} = {expected} to match "
-            f"`{name}`, but got {tuple(labels.shape)}.{_mend_labels(labels, features, name)}"
+            f"Expected `{labels_name}` of shape {_dimensions(len(expected))} = {expected} to match "
+            f"`{name}`, but got {tuple(labels.shape)}."
+            f"{_fix_labels(labels, labels_name, features, name)}"
         )
-    check_device(labels, "labels", features, name)
+    check_device(labels, labels_name, features, name)
 
 
 def check_same_labels(first: Tensor, second: Tensor, names: tuple[str, str]) -> None:
     """Reject two label maps that are not of one shape and on one device."""
     check_label_map(first, names[0])
     check_label_map(second, names[1])
-    mend = f" Resize them with anchorda.resize_labels({names[1]}, {names[0]}.shape[1:])."
-    resizable = first.ndim == second.ndim and first.shape[:1] == second.shape[:1]
-    _check_alike(second, names[1], first, names[0], mend if resizable else "")
+    _check_alike(second, names[1], first, names[0], _fix_same(first, second, names))
 
 
 def check_anchors(anchors: Tensor, features: Tensor) -> None:
     """Reject anchors that are not a floating-point tensor (C, D) beside features (N, D, *)."""
     check_tensor(anchors, "anchors")
-    _check_floating(anchors, "anchors")
+    check_floating(anchors, "anchors")
     dim = features.shape[1]
     if anchors.ndim != 2 or anchors.shape[0] < 1 or anchors.shape[1] != dim:
+        fix = "Compute the anchors from features of the same layer."
+        if anchors.ndim == 2 and features.ndim > 2 and anchors.shape[1] == features.shape[-1]:
+            fix = "Move the channels of the features to dimension 1: features.movedim(-1, 1)."
+        elif anchors.ndim == 2 and anchors.shape[0] == dim:
+            fix = "Compute them from features of the same layer, or transpose them with anchors.T."
         raise ValueError(
             f"Expected `anchors` of shape (C, D) with D = {dim} to match `features`, but got "
-            f"{tuple(anchors.shape)}. Compute the anchors from features of the same layer."
+            f"{tuple(anchors.shape)}. {fix}"
         )
     check_device(anchors, "anchors", features, "features")
 
@@ -86,8 +122,8 @@ def check_anchors(anchors: Tensor, features: Tensor) -> None:
 def check_anchor_rows(anchors: Tensor, name: str = "anchors") -> None:
     """Reject anchors that are not a floating-point tensor (C, D)."""
     check_tensor(anchors, name)
-    _check_floating(anchors, name)
-    if anchors.ndim != 2 or anchors.shape[0] < 1:
+    check_floating(anchors, name)
+    if anchors.ndim != 2 or anchors.shape[0] < 1 or anchors.shape[1] < 1:
         raise ValueError(
             f"Expected `{name}` of shape (C, D), one row for each class, "
             f"but got {tuple(anchors.shape)}."
@@ -104,8 +140,11 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
     """Reject scores that are not floating point and of the shape and device of the labels."""
     check_label_map(labels)
     check_tensor(scores, "scores")
-    _check_floating(scores, "scores")
-    _check_alike(scores, "scores", labels, "labels", " Pass both as a labeler returned them.")
+    check_floating(scores, "scores")
+    fix = _fix_same(labels, scores, ("labels", "scores")) if scores.ndim > labels.ndim else ""
+    _check_alike(
+        scores, "scores", labels, "labels", fix or " Pass both as a labeler returned them."
+    )
 
 
 def check_pixel_weights(weights: Tensor | None, labels: Tensor, name: str = "labels") -> None:
@@ -116,17 +155,49 @@ def check_pixel_weights(weights: Tensor | None, labels: Tensor, name: str = "lab
     if weights is None:
         return
     check_tensor(weights, "pixel_weights")
-    _check_floating(weights, "pixel_weights")
+    check_floating(weights, "pixel_weights")
     _check_alike(weights, "pixel_weights", labels, name)
 
 
-def check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
-    """Reject names that are not one for each class; without names, number the classes."""
+def check_class_names(names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """Return one name for each class; without names, number the classes."""
     if names is None:
         return [str(c) for c in range(num_classes)]
+    is_sequence = isinstance(names, (Sequence, np.ndarray)) and not isinstance(names, str)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"Expected `class_names` to be a sequence of strings, but got {described(names)}."
+        )
     if len(names) != num_classes:
         raise ValueError(f"Expected `class_names` for {num_classes} classes, but got {len(names)}.")
-    return names
+    return [str(name) for name in names]
+
+
+def as_per_class(value: PerClass, name: str) -> Tensor:
+    """Return a tensor () or (C,) of one number, or of one for each class."""
+    expected = (
+        f"Expected `{name}` to be one number, or a tensor, array or sequence of shape (C,) with "
+        "one for each class"
+    )
+    values = None
+    if isinstance(value, Tensor):
+        check_tensor(value, name)
+        if value.dtype in FLOATS or value.dtype in INTEGERS:
+            values = value
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind in "iuf":
+            values = from_array(value, torch.float64)
+    elif isinstance(value, (list, tuple)):
+        numbers_ = [_as_float(number) for number in value]
+        if None not in numbers_:
+            values = torch.tensor(numbers_, dtype=torch.float64)
+    elif (number := _as_float(value)) is not None:
+        values = torch.tensor(number, dtype=torch.float64)
+    if values is None:
+        raise TypeError(f"{expected}, but got {described(value)}.")
+    if values.ndim > 1:
+        raise ValueError(f"{expected}, but got {tuple(values.shape)}.")
+    return values
 
 
 def check_per_class(
@@ -135,7 +206,7 @@ def check_per_class(
     """Reject per-class values (C,) of another length or device; one value for all is accepted."""
     if values.ndim == 0:
         return
-    if values.shape[0] != num_classes:
+    if tuple(values.shape) != (num_classes,):
         raise ValueError(
             f"Expected `{name}` to be one number or of shape (C,) = ({num_classes},), "
             f"but got {tuple(values.shape)}."
@@ -143,10 +214,46 @@ def check_per_class(
     check_device(values, name, like, like_name)
 
 
+def from_array(value: npt.NDArray[np.generic], dtype: torch.dtype) -> Tensor:
+    """Copy an array: it may be read-only, or in a byte order or dtype that torch does not have."""
+    return torch.from_numpy(value.astype(np.float64 if dtype.is_floating_point else np.int64))
+
+
+def as_floats(
+    value: Tensor | npt.NDArray[np.generic], name: str, device: torch.device | None = None
+) -> Tensor:
+    """Return a floating-point tensor as it is, and an array as a float64 tensor on a device."""
+    if not isinstance(value, np.ndarray):
+        check_tensor(value, name)
+        check_floating(value, name)
+        return value
+    if value.dtype.kind != "f":
+        raise TypeError(
+            f"Expected `{name}` of a floating-point dtype, but got {value.dtype}. "
+            f"Convert it with {name}.astype('float64')."
+        )
+    return from_array(value, torch.float64).to(device)
+
+
+def as_integers(
+    value: Tensor | npt.NDArray[np.generic], name: str, device: torch.device | None = None
+) -> Tensor:
+    """Return an integer tensor as it is, and an array as an int64 tensor on a device."""
+    if not isinstance(value, np.ndarray):
+        check_integers(value, name)
+        return value
+    if value.dtype.kind not in "iu":
+        raise TypeError(
+            f"Expected `{name}` of an integer dtype, but got {value.dtype}. "
+            f"Convert it with {name}.astype('int64')."
+        )
+    return from_array(value, torch.int64).to(device)
+
+
 def check_sums(sums: Tensor, counts: Tensor, shape: tuple[int, int]) -> None:
     """Reject class sums that are not floating point (C, D) with integer counts (C,)."""
     check_tensor(sums, "sums")
-    _check_floating(sums, "sums")
+    check_floating(sums, "sums")
     check_label_map(counts, "counts")
     if tuple(sums.shape) != shape or tuple(counts.shape) != shape[:1]:
         raise ValueError(
@@ -164,107 +271,233 @@ def check_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None
         )
 
 
-def check_int(value: int, name: str) -> None:
-    """Reject what is not an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected `{name}` to be an int, but got {value!r}.")
+def check_int(value: int, name: str) -> int:
+    """Return an integer of any kind as an int, or as it is where torch traces it as a symbol."""
+    number = _as_int(value)
+    if number is None:
+        raise TypeError(f"Expected `{name}` to be an int, but got {described(value)}.")
+    if not _INT64.min <= number <= _INT64.max:
+        raise ValueError(f"Expected `{name}` in the range of int64, but got {described(number)}.")
+    return number
 
 
-def check_count(value: int, name: str) -> None:
-    """Reject what is not an integer of at least 1."""
-    check_int(value, name)
+def check_count(value: int, name: str) -> int:
+    """Return an integer of at least 1 as an int."""
+    value = check_int(value, name)
     if value < 1:
         raise ValueError(f"Expected `{name}` of at least 1, but got {value}.")
+    return value
 
 
-def check_number(value: float, name: str) -> None:
-    """Reject what is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Expected `{name}` to be a number, but got {value!r}.")
+def check_number(value: float, name: str) -> float:
+    """Return a real number of any kind as a float."""
+    number = _as_float(value)
+    if number is None:
+        raise TypeError(f"Expected `{name}` to be a number, but got {described(value)}.")
+    return number
 
 
-def check_range(value: float, name: str, low: float, high: float) -> None:
-    """Reject what is not a number in [low, high]."""
-    check_number(value, name)
+def check_range(value: float, name: str, low: float, high: float) -> float:
+    """Return a number in [low, high] as a float."""
+    value = check_number(value, name)
     if not low <= value <= high:
         raise ValueError(f"Expected `{name}` in [{low}, {high}], but got {value}.")
+    return value
+
+
+def check_positive(value: float, name: str) -> float:
+    """Return a finite number above 0 as a float."""
+    value = check_number(value, name)
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"Expected `{name}` above 0 and finite, but got {value}.")
+    return value
+
+
+def check_flag(value: bool, name: str) -> bool:
+    """Return a truth value of Python or NumPy as a bool."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, np.bool_):
+        return value == np.True_
+    raise TypeError(f"Expected `{name}` to be True or False, but got {described(value)}.")
 
 
 def check_mergeable(other: object, like: object) -> None:
     """Reject an accumulator of another kind."""
     if type(other) is not type(like):
-        expected, got = type(like).__name__, type(other).__name__
+        expected, got = type(like).__name__, type_of(other)
         raise TypeError(f"Expected `other` to be {expected}, but got {got}.")
 
 
-def check_size(size: Sequence[int], labels: Tensor) -> None:
-    """Reject a spatial size that labels (N, *) cannot be resized to."""
+def check_size(size: Sequence[int], labels: Tensor) -> tuple[int, ...]:
+    """Return a spatial size that labels (N, *) can be resized to, as integers."""
     spatial = tuple(labels.shape[1:])
     expected = (
         f"Expected `size` to hold {len(spatial)} integers of at least 1, one for each spatial "
         f"dimension of `labels` of shape {tuple(labels.shape)}"
     )
-    mend = "Pass the size of the features, features.shape[2:]."
-    if not isinstance(size, Sequence) or not all(isinstance(s, (int, torch.SymInt)) for s in size):
-        raise TypeError(f"{expected}, but got {size!r}. {mend}")
-    if len(size) != len(spatial) or any(s < 1 for s in (*size, *spatial)):
-        raise ValueError(f"{expected}, but got {tuple(size)}. {mend}")
+    fix = "Pass the size of the features, features.shape[2:]."
+    is_vector = isinstance(size, (np.ndarray, Tensor)) and size.ndim == 1
+    if not isinstance(size, Sequence) and not is_vector:
+        raise TypeError(f"{expected}, but got {described(size)}. {fix}")
+    if not all(_as_int(s) is not None for s in size):
+        raise TypeError(f"{expected}, but got {described(size)}. {fix}")
+    sizes = tuple([check_int(s, "size") for s in size])
+    if len(sizes) == len(spatial) - 1 and 1 in (spatial[0], spatial[-1]):
+        fix = f"Drop the channel dimension with labels.squeeze({1 if spatial[0] == 1 else -1})."
+    elif len(sizes) == len(spatial) + 1:
+        fix = "Add the batch dimension with labels.unsqueeze(0)."
+    if len(sizes) != len(spatial) or any(s < 1 for s in (*sizes, *spatial)):
+        raise ValueError(f"{expected}, but got {sizes}. {fix}")
+    return sizes
 
 
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
     """Reject what is not one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"Expected `{name}` to be one of {expected}, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be one of {expected}, but got {described(value)}.")
 
 
-def check_ignore_index(ignore_index: int, num_classes: int) -> None:
-    """Reject an ignore index that is not an int, or is also the index of a class."""
-    check_int(ignore_index, "ignore_index")
+def check_ignore_index(ignore_index: int, num_classes: int) -> int:
+    """Return an ignore index that is not the index of a class as an int."""
+    ignore_index = check_int(ignore_index, "ignore_index")
     if 0 <= ignore_index < num_classes:
         raise ValueError(
             f"Expected `ignore_index` outside of the {num_classes} classes, but got "
             f"{ignore_index}. Use a negative one, such as -1."
         )
+    return ignore_index
 
 
-def check_fits(ignore_index: int, labels: Tensor) -> None:
-    """Reject an ignore index that is not an int, or that the dtype of the labels cannot hold."""
-    check_int(ignore_index, "ignore_index")
+def check_fits(ignore_index: int, labels: Tensor) -> int:
+    """Return an ignore index that the dtype of the labels can hold as an int."""
+    ignore_index = check_int(ignore_index, "ignore_index")
     limits = torch.iinfo(labels.dtype)
     if not limits.min <= ignore_index <= limits.max:
         raise ValueError(
             f"Expected `ignore_index` in [{limits.min}, {limits.max}], the range of "
             f"{labels.dtype} labels, but got {ignore_index}. Convert them with labels.long()."
         )
+    return ignore_index
 
 
-def _check_alike(value: Tensor, name: str, like: Tensor, like_name: str, mend: str = "") -> None:
+def check_floating(value: Tensor, name: str) -> None:
+    """Reject a tensor that is not of a floating-point dtype that torch computes in."""
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"Expected `{name}` of a floating-point dtype, but got {value.dtype}. "
+            f"Convert them with {name}.{'dequantize' if value.is_quantized else 'float'}()."
+        )
+
+
+def check_integers(value: Tensor, name: str) -> None:
+    """Reject a tensor that is not of an integer dtype."""
+    check_tensor(value, name)
+    if value.dtype not in INTEGERS:
+        raise TypeError(
+            f"Expected `{name}` of an integer dtype, but got {value.dtype}. "
+            f"Convert them with {name}.long()."
+        )
+
+
+def described(value: object) -> str:
+    """Describe what came, in one short line."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{type_of(value)} of {value.dtype} and shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:40]}… ({type_of(value)})"
+
+
+def type_of(value: object) -> str:
+    """Name the type of a value as its users write it."""
+    kind = type(value)
+    return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
+
+
+def _as_int(value: object) -> int | None:
+    """Return an integer of any kind as an int, and None for anything else."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, torch.SymInt):
+        return cast(int, value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iu":
+        return int(value)
+    if _is_scalar(value) and value.dtype in INTEGERS:
+        return int(value)
+    return None
+
+
+def _as_float(value: object) -> float | None:
+    """Return a real number of any kind as a float, and None for anything else."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return cast(float, value)
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, np.integer, np.floating, numbers.Real)):
+        try:
+            return float(value)
+        except OverflowError:  # of an int beyond all floats
+            return float("inf") if cast(int, value) > 0 else float("-inf")
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iuf":
+        return float(value)
+    if _is_scalar(value) and (value.dtype in FLOATS or value.dtype in INTEGERS):
+        return float(value.detach())
+    return None
+
+
+def _is_scalar(value: object) -> TypeGuard[Tensor]:
+    """Return True for a tensor () whose value can be read."""
+    return isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta
+
+
+def _check_alike(value: Tensor, name: str, like: Tensor, like_name: str, fix: str = "") -> None:
     if value.shape != like.shape:
         raise ValueError(
             f"Expected `{name}` of shape {tuple(like.shape)} to match `{like_name}`, "
-            f"but got {tuple(value.shape)}.{mend}"
+            f"but got {tuple(value.shape)}.{fix}"
         )
     check_device(value, name, like, like_name)
 
 
-def _check_floating(value: Tensor, name: str) -> None:
-    if not value.is_floating_point():
-        raise TypeError(
-            f"Expected `{name}` of a floating-point dtype, but got {value.dtype}. "
-            f"Convert them with {name}.float()."
-        )
-
-
 def _dimensions(rank: int) -> str:
-    """The names of the dimensions of a label map, as (N, H, W)."""
+    """Name the dimensions of a label map, as (N, H, W)."""
     names = {1: "(N,)", 2: "(N, L)", 3: "(N, H, W)", 4: "(N, T, H, W)"}
     return names.get(rank, "(N, *)")
 
 
-def _mend_labels(labels: Tensor, features: Tensor, name: str) -> str:
-    if labels.ndim == features.ndim and labels.shape[1] == 1:
-        return " Drop the channel dimension with labels.squeeze(1)."
-    if labels.ndim == features.ndim - 1 and labels.shape[0] == features.shape[0]:
-        return f" Resize them with anchorda.resize_labels(labels, {name}.shape[2:])."
+def _fix_labels(labels: Tensor, labels_name: str, features: Tensor, name: str) -> str:
+    """Suggest how labels and features can be made to match."""
+    shape, rank = tuple(labels.shape), features.ndim
+    if shape == tuple(features.shape[:-1]):
+        return f" Move the channels of `{name}` to dimension 1: {name}.movedim(-1, 1)."
+    if labels.ndim == rank and 1 in (shape[1], shape[-1]):
+        dim = 1 if shape[1] == 1 else -1
+        return f" Drop the channel dimension with {labels_name}.squeeze({dim})."
+    if labels.ndim == rank and shape[1] == features.shape[1]:
+        return f" Make class ids of one-hot labels with {labels_name}.argmax(dim=1)."
+    if labels.ndim == rank - 2 and features.shape[0] == 1:
+        return f" Add the batch dimension with {labels_name}.unsqueeze(0)."
+    if rank == 4 and shape == (features.shape[0], features.shape[3], features.shape[2]):
+        return f" Exchange height and width with {labels_name}.mT."
+    if labels.ndim == rank - 1 and rank > 2 and shape[0] == features.shape[0]:
+        return f" Resize them with anchorda.resize_labels({labels_name}, {name}.shape[2:])."
+    return ""
+
+
+def _fix_same(first: Tensor, second: Tensor, names: tuple[str, str]) -> str:
+    """Suggest how two label maps can be made to match."""
+    for one, other, name in ((first, second, names[0]), (second, first, names[1])):
+        if one.ndim == other.ndim + 1 and one.ndim > 1:
+            for dim in (1, -1):
+                if one.shape[dim] == 1 and one.squeeze(dim).shape[:1] == other.shape[:1]:
+                    return f" Drop the channel dimension with {name}.squeeze({dim})."
+    if first.ndim == second.ndim and first.ndim > 1 and first.shape[:1] == second.shape[:1]:
+        return f" Resize them with anchorda.resize_labels({names[1]}, {names[0]}.shape[1:])."
     return ""

@@ -12,6 +12,8 @@ from typing_extensions import Self
 
 from . import _ops
 from ._checks import (
+    as_floats,
+    as_integers,
     check_anchor_rows,
     check_choice,
     check_count,
@@ -73,7 +75,7 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> ClassSums:
     """
     check_features(features)
     check_labels(labels, features)
-    check_count(num_classes, "num_classes")
+    num_classes = check_count(num_classes, "num_classes")
     return ClassSums(*_ops.class_sums(features.detach(), labels, num_classes))
 
 
@@ -118,9 +120,9 @@ def image_centroids(
     """
     check_features(features)
     check_labels(labels, features)
-    check_count(num_classes, "num_classes")
-    check_count(min_pixels, "min_pixels")
-    check_ignore_index(ignore_index, num_classes)
+    num_classes = check_count(num_classes, "num_classes")
+    min_pixels = check_count(min_pixels, "min_pixels")
+    ignore_index = check_ignore_index(ignore_index, num_classes)
     sums, counts = _ops.image_sums(features, labels, num_classes)
     means = torch.where(counts[..., None] > 0, sums / counts[..., None].clamp(min=1), torch.nan)
     classes = torch.arange(num_classes, device=features.device)
@@ -154,8 +156,7 @@ def keep_correct(labels: Tensor, logits: Tensor, *, ignore_index: int = 255) -> 
     """
     check_logits(logits)
     check_labels(labels, logits, "logits")
-    check_ignore_index(ignore_index, logits.shape[1])
-    check_fits(ignore_index, labels)
+    ignore_index = check_fits(check_ignore_index(ignore_index, logits.shape[1]), labels)
     largest, predictions = logits.detach().max(dim=1)
     # `max` returns the NaN where there is one, whose position means nothing.
     correct = (predictions == labels.long()) & ~largest.isnan()
@@ -207,11 +208,11 @@ def resize_labels(
     """
     check_label_map(labels)
     check_choice(mode, "mode", ("nearest", "majority"))
-    check_range(min_ratio, "min_ratio", 0.0, 1.0)
-    check_size(size, labels)
+    min_ratio = check_range(min_ratio, "min_ratio", 0.0, 1.0)
+    size = check_size(size, labels)
     spatial = labels.shape[1:]
     if mode == "majority":
-        check_fits(ignore_index, labels)
+        ignore_index = check_fits(ignore_index, labels)
         return _majority(labels, size, min_ratio, ignore_index)
     for dim, new in enumerate(size):
         nearest = torch.arange(new, device=labels.device) * spatial[dim] // new
@@ -309,17 +310,17 @@ class CategoryAnchors(nn.Module):
         momentum: float | None = None,
     ) -> None:
         super().__init__()
-        check_count(num_classes, "num_classes")
-        check_count(feature_dim, "feature_dim")
+        num_classes = check_count(num_classes, "num_classes")
+        feature_dim = check_count(feature_dim, "feature_dim")
         if max_count is not None and momentum is not None:
             raise ValueError(
                 "Expected `max_count` or `momentum`, but got both: a capped running mean already "
                 "forgets, as an exponential moving average does."
             )
         if max_count is not None:
-            check_count(max_count, "max_count")
+            max_count = check_count(max_count, "max_count")
         if momentum is not None:
-            check_range(momentum, "momentum", 0.0, 1.0)
+            momentum = check_range(momentum, "momentum", 0.0, 1.0)
         self.num_classes: int = num_classes
         self.feature_dim: int = feature_dim
         self.max_count: int | None = max_count
@@ -365,7 +366,7 @@ class CategoryAnchors(nn.Module):
         array([[4.],
                [1.]], dtype=float32)
         """
-        rows = _from_array(centroids, "centroids", "floating-point", torch.device("cpu"))
+        rows = as_floats(centroids, "centroids")
         check_anchor_rows(rows, "centroids")
         anchors = cls(*rows.shape, max_count=max_count, momentum=momentum).to(rows.device)
         means = rows.detach().to(anchors.means.device).to(anchors.means.dtype)
@@ -373,8 +374,7 @@ class CategoryAnchors(nn.Module):
         if counts is None:
             weights = finite.long()
         else:
-            weights = _from_array(counts, "counts", "integer", rows.device)
-            check_label_map(weights, "counts")
+            weights = as_integers(counts, "counts", rows.device)
             if weights.shape != rows.shape[:1]:
                 raise ValueError(
                     f"Expected `counts` of shape (C,) = {tuple(rows.shape[:1])} to match "
@@ -407,8 +407,14 @@ class CategoryAnchors(nn.Module):
             check_device(self.means, "anchors", features, "features")
         self.update_sums(*class_sums(features, labels, self.num_classes))
 
-    def update_sums(self, sums: Tensor, counts: Tensor) -> None:
+    def update_sums(
+        self,
+        sums: Tensor | npt.NDArray[np.floating],
+        counts: Tensor | npt.NDArray[np.integer],
+    ) -> None:
         """Add class sums ``(C, D)`` of a floating dtype over integer counts ``(C,)``."""
+        device = self.means.device
+        sums, counts = as_floats(sums, "sums", device), as_integers(counts, "counts", device)
         check_sums(sums, counts, (self.num_classes, self.feature_dim))
         if has_float64(sums.device):
             check_device(sums, "sums", self.means, "anchors")
@@ -470,22 +476,3 @@ class CategoryAnchors(nn.Module):
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"max_count={self.max_count}, momentum={self.momentum}"
         )
-
-
-def _from_array(
-    value: Tensor | npt.NDArray[np.generic],
-    name: str,
-    kind: Literal["floating-point", "integer"],
-    device: torch.device,
-) -> Tensor:
-    """An array as a tensor; what is no array is left to the checks of tensors."""
-    if not isinstance(value, np.ndarray):
-        return value
-    kinds, dtype = ("f", np.float64) if kind == "floating-point" else ("iu", np.int64)
-    if value.dtype.kind not in kinds:
-        raise TypeError(
-            f"Expected `{name}` of {kind} dtype, but got {value.dtype}. "
-            f"Convert them with {name}.astype({dtype.__name__!r})."
-        )
-    # A copy: an array may be read-only, or in a byte order or of a dtype that torch does not have.
-    return torch.from_numpy(value.astype(dtype)).to(device)

@@ -11,16 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ._checks import (
+    PerClass,
+    as_floats,
+    as_integers,
+    as_per_class,
     check_anchor_rows,
     check_class_names,
     check_count,
     check_device,
-    check_label_map,
     check_mergeable,
     check_per_class,
     check_range,
@@ -94,8 +98,8 @@ class ScoreCalibrator(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        check_count(num_classes, "num_classes")
-        self.num_classes = num_classes
+        num_classes = check_count(num_classes, "num_classes")
+        self.num_classes: int = num_classes
         self.register_buffer("edges", _edges(), persistent=False)
         counts = torch.zeros(3, num_classes, len(self.edges) - 1, dtype=torch.int64)
         self.register_buffer("counts", counts)
@@ -142,7 +146,7 @@ class ScoreCalibrator(nn.Module):
 
         No truth is needed. Infinite for a class that no pixel was called, and for a coverage of 0.
         """
-        check_range(coverage, "coverage", 0.0, 1.0)
+        coverage = check_range(coverage, "coverage", 0.0, 1.0)
         # Coverage falls along the candidates, so those that suffice come first. Without pixels
         # it is NaN, nothing suffices, and the index of -1 is that of infinity.
         enough = self.curve().coverage >= coverage
@@ -159,8 +163,8 @@ class ScoreCalibrator(nn.Module):
         Raises:
             ValueError: if no pixel at all came with its truth.
         """
-        check_range(precision, "precision", 0.0, 1.0)
-        check_count(min_count, "min_count")
+        precision = check_range(precision, "precision", 0.0, 1.0)
+        min_count = check_count(min_count, "min_count")
         judged = _above(self.counts[:2].sum(dim=0))
         if not bool(judged.any()):
             raise ValueError(
@@ -206,7 +210,7 @@ def _above(counts: Tensor) -> Tensor:
     return nn.functional.pad(counts.flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
-def margin_limits(anchors: Tensor) -> Tensor:
+def margin_limits(anchors: Tensor | npt.NDArray[np.floating]) -> Tensor:
     r"""The margin that no pixel of a class can exceed.
 
     .. math:: \ell_c = \min_{k \ne c} \lVert a_c - a_k \rVert_2
@@ -229,11 +233,14 @@ def margin_limits(anchors: Tensor) -> Tensor:
     >>> margin_limits(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]]))
     tensor([5., 1., 1.])
     """
-    return _anchor_to_anchor(anchors).amin(dim=1)
+    return _anchor_to_anchor(as_floats(anchors, "anchors")).amin(dim=1)
 
 
 def warn_unreachable_margins(
-    min_margin: float | Tensor, anchors: Tensor, *, class_names: Sequence[str] | None = None
+    min_margin: PerClass,
+    anchors: Tensor | npt.NDArray[np.floating],
+    *,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Warn of classes whose minimum margin no pixel can exceed, with their `margin_limits`.
 
@@ -259,14 +266,9 @@ def warn_unreachable_margins(
     No pixel can exceed the minimum margin of these classes, so none will be labeled: 0 (minimum 2.5, limit 2), 1 (minimum 2.5, limit 2). A margin is at most the distance from the class's anchor to the nearest other one; lower the minimum, or let ScoreCalibrator choose it.
     """  # noqa: E501
     limits = margin_limits(anchors)
-    minimum = torch.as_tensor(min_margin, dtype=limits.dtype, device=limits.device)
-    if minimum.ndim > 1:
-        raise ValueError(
-            f"Expected `min_margin` to be one number or of shape (C,) = ({len(limits)},), "
-            f"but got {tuple(minimum.shape)}."
-        )
-    check_per_class(minimum, "min_margin", anchors, "anchors", len(anchors))
-    names = check_class_names(class_names, len(anchors))
+    minimum = as_per_class(min_margin, "min_margin").detach().to(limits)
+    check_per_class(minimum, "min_margin", limits, "anchors", len(limits))
+    names = check_class_names(class_names, len(limits))
     unreachable = minimum.isfinite() & (minimum >= limits)
     if not bool(unreachable.any()):
         return
@@ -335,7 +337,11 @@ class AnchorHealth:
 
 
 def anchor_health(
-    anchors: Tensor, counts: Tensor, *, previous: Tensor | None = None, min_count: int = 10
+    anchors: Tensor | npt.NDArray[np.floating],
+    counts: Tensor | npt.NDArray[np.integer],
+    *,
+    previous: Tensor | npt.NDArray[np.floating] | None = None,
+    min_count: int = 10,
 ) -> AnchorHealth:
     """How far apart the anchors are, what they rest on, and how far they have moved.
 
@@ -365,16 +371,19 @@ def anchor_health(
     car        7  road            5   1.41  too few
     train      0  -               -      -  unseen
     """
+    anchors = as_floats(anchors, "anchors")
     check_anchor_rows(anchors)
-    check_label_map(counts, "counts")
-    check_count(min_count, "min_count")
+    counts = as_integers(counts, "counts", anchors.device)
+    min_count = check_count(min_count, "min_count")
     if counts.shape != anchors.shape[:1]:
         raise ValueError(
             f"Expected `counts` of shape (C,) = ({len(anchors)},) to match `anchors`, "
             f"but got {tuple(counts.shape)}."
         )
     check_device(counts, "counts", anchors, "anchors")
+    counts = counts.long()  # Not all operators know unsigned dtypes.
     if previous is not None:
+        previous = as_floats(previous, "previous", anchors.device)
         check_same_anchors(previous, anchors)
     to_others = _anchor_to_anchor(anchors)
     limits, nearest = to_others.min(dim=1)
@@ -388,7 +397,7 @@ def anchor_health(
         distances=distances,
         nearest=torch.where(limits.isfinite(), nearest, -1),
         limits=limits,
-        counts=counts.long(),
+        counts=counts,
         drift=torch.where(moved.isfinite(), moved, torch.nan),
         unseen=~seen,
         too_few=seen & (counts < min_count),

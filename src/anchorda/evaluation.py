@@ -140,7 +140,7 @@ class PseudoLabelQuality(nn.Module):
 
 
 def _no_counts(num_classes: int) -> Tensor:
-    check_count(num_classes, "num_classes")
+    num_classes = check_count(num_classes, "num_classes")
     return torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
 
 

@@ -8,7 +8,6 @@ loss is the mean over the active pixels of weight × loss. Weights do not renorm
 change nothing. The weight of an ignored pixel has no influence.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, final
 
@@ -19,6 +18,8 @@ from typing_extensions import Self
 
 from . import _ops
 from ._checks import (
+    PerClass,
+    as_per_class,
     check_anchors,
     check_choice,
     check_device,
@@ -26,8 +27,8 @@ from ._checks import (
     check_labels,
     check_logits,
     check_pixel_weights,
+    check_positive,
     check_range,
-    check_tensor,
 )
 from ._state import move_buffers
 
@@ -96,7 +97,7 @@ def discriminative_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    weight: Tensor | None = None,
+    weight: PerClass | None = None,
     label_smoothing: float = 0.0,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
@@ -110,7 +111,7 @@ def discriminative_loss(
     Args:
         logits: ``(N, C, *)``, floating point; half precision is computed in float32.
         labels: ``(N, *)``, any integer dtype.
-        weight: of each class, ``(C,)``.
+        weight: of each class, a tensor, array or sequence ``(C,)``.
         label_smoothing: as in ``cross_entropy``, in [0, 1].
         pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
 
@@ -129,11 +130,10 @@ def discriminative_loss(
     """
     check_logits(logits)
     check_labels(labels, logits, "logits")
-    check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
+    label_smoothing = check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
     check_pixel_weights(pixel_weights, labels)
     if weight is not None:
-        _check_weight(weight, logits)
-        weight = weight.to(_loss_dtype(logits))
+        weight = _weight_of_classes(weight, logits).to(_loss_dtype(logits))
     targets = _labels_in_range(labels, logits.shape[1])
     active = targets >= 0
     losses = _cross_entropies(logits, targets, weight, label_smoothing)
@@ -179,10 +179,10 @@ def anchor_contrastive_loss(
     >>> anchor_contrastive_loss(torch.tensor([[0.0]]), torch.tensor([0]), anchors)
     tensor(0.1269)
     """
-    _check_temperature(temperature)
+    temperature = check_positive(temperature, "temperature")
     targets = _active_labels(features, labels, anchors, pixel_weights)
     losses: Tensor
-    losses, _ = _ops.contrastive_losses(features, targets, anchors.detach(), float(temperature))
+    losses, _ = _ops.contrastive_losses(features, targets, anchors.detach(), temperature)
     return _mean(losses, targets >= 0, pixel_weights)
 
 
@@ -246,7 +246,7 @@ class DiscriminativeLoss(nn.Module):
     r"""Cross-entropy of the classifier on (pseudo-)labels; see `discriminative_loss`.
 
     Args:
-        weight: of each class, ``(C,)``; a buffer.
+        weight: of each class, a tensor, array or sequence ``(C,)``; a buffer.
         label_smoothing: as in ``torch.nn.CrossEntropyLoss``, in [0, 1].
 
     Shape:
@@ -266,11 +266,10 @@ class DiscriminativeLoss(nn.Module):
 
     weight: Tensor | None
 
-    def __init__(self, *, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+    def __init__(self, *, weight: PerClass | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
-        self.register_buffer("weight", weight)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing: float = check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
+        self.register_buffer("weight", None if weight is None else as_per_class(weight, "weight"))
 
     def forward(
         self, logits: Tensor, labels: Tensor, *, pixel_weights: Tensor | None = None
@@ -318,8 +317,7 @@ class AnchorContrastiveLoss(nn.Module):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        _check_temperature(temperature)
-        self.temperature = temperature
+        self.temperature: float = check_positive(temperature, "temperature")
 
     def forward(
         self,
@@ -406,17 +404,14 @@ def _cross_entropies(
     )
 
 
-def _check_weight(weight: Tensor, logits: Tensor) -> None:
-    check_tensor(weight, "weight")
-    if tuple(weight.shape) != (logits.shape[1],):
+def _weight_of_classes(weight: PerClass, logits: Tensor) -> Tensor:
+    """Return the weights (C,) on the device of the logits."""
+    values = as_per_class(weight, "weight")
+    if tuple(values.shape) != (logits.shape[1],):
         raise ValueError(
             f"Expected `weight` of shape (C,) = ({logits.shape[1]},) to match `logits`, "
-            f"but got {tuple(weight.shape)}."
+            f"but got {tuple(values.shape)}."
         )
-    check_device(weight, "weight", logits, "logits")
-
-
-def _check_temperature(temperature: float) -> None:
-    check_range(temperature, "temperature", 0.0, math.inf)
-    if temperature in (0, math.inf):
-        raise ValueError(f"Expected `temperature` above 0 and finite, but got {temperature}.")
+    if isinstance(weight, Tensor):
+        check_device(weight, "weight", logits, "logits")
+    return values.to(logits.device)

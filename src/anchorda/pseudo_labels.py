@@ -9,12 +9,15 @@ from typing_extensions import Self
 
 from . import _ops
 from ._checks import (
+    PerClass,
+    as_per_class,
     check_anchors,
     check_choice,
     check_features,
+    check_flag,
     check_ignore_index,
+    check_int,
     check_logits,
-    check_number,
     check_per_class,
     check_same_labels,
 )
@@ -101,6 +104,7 @@ def combine_pseudo_labels(
     """
     check_same_labels(first, second, ("first", "second"))
     check_choice(rule, "rule", ("agree", "union"))
+    ignore_index = check_int(ignore_index, "ignore_index")
     first, second = first.long(), second.long()
     first = torch.where(first < 0, ignore_index, first)
     second = torch.where(second < 0, ignore_index, second)
@@ -122,8 +126,9 @@ class AnchorPseudoLabeler(nn.Module):
 
     Args:
         min_margin: what the score must exceed, strictly; one number, or one for each class as a
-            tensor ``(C,)``. In the units of the features, so it belongs to one network: 2.5 in
-            the paper; with the default every pixel gets its nearest anchor but for exact ties.
+            tensor, array or sequence ``(C,)``. In the units of the features, so it belongs to one
+            network: 2.5 in the paper. With the default every pixel gets its nearest anchor but for
+            exact ties.
         relative: divide the margin by the distance to the runner-up, which makes it a number in
             [0, 1] that is free of the scale of the features.
         ignore_index: the label of inactive pixels.
@@ -152,15 +157,16 @@ class AnchorPseudoLabeler(nn.Module):
 
     def __init__(
         self,
-        min_margin: float | Tensor = 0.0,
+        min_margin: PerClass = 0.0,
         *,
         relative: bool = False,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        self.register_buffer("min_margin", _minimum(min_margin, "min_margin", is_ratio=relative))
-        self.relative = relative
-        self.ignore_index = ignore_index
+        self.relative: bool = check_flag(relative, "relative")
+        self.ignore_index: int = check_int(ignore_index, "ignore_index")
+        minimum = _minimum(min_margin, "min_margin", is_ratio=self.relative)
+        self.register_buffer("min_margin", minimum)
 
     def forward(self, features: Tensor, anchors: Tensor) -> PseudoLabels:
         """Label the pixels of features (N, D, *) by anchors (C, D)."""
@@ -204,7 +210,7 @@ class ProbabilityPseudoLabeler(nn.Module):
 
     Args:
         min_probability: what the score must exceed, strictly; one number, or one for each class
-            as a tensor ``(C,)``.
+            as a tensor, array or sequence ``(C,)``.
         ignore_index: the label of inactive pixels.
 
     Shape:
@@ -230,11 +236,11 @@ class ProbabilityPseudoLabeler(nn.Module):
     min_probability: Tensor
     """() or (C,) float32."""
 
-    def __init__(self, min_probability: float | Tensor = 0.95, *, ignore_index: int = 255) -> None:
+    def __init__(self, min_probability: PerClass = 0.95, *, ignore_index: int = 255) -> None:
         super().__init__()
         minimum = _minimum(min_probability, "min_probability", is_ratio=True)
         self.register_buffer("min_probability", minimum)
-        self.ignore_index = ignore_index
+        self.ignore_index: int = check_int(ignore_index, "ignore_index")
 
     def forward(self, logits: Tensor) -> PseudoLabels:
         """Label the pixels of logits (N, C, *)."""
@@ -261,14 +267,8 @@ class ProbabilityPseudoLabeler(nn.Module):
         return f"min_probability={_shown(self.min_probability)}, ignore_index={self.ignore_index}"
 
 
-def _minimum(value: float | Tensor, name: str, *, is_ratio: bool) -> Tensor:
-    if not isinstance(value, Tensor):
-        check_number(value, name)
-    minimum = torch.as_tensor(value).detach().to(torch.float32, copy=True)
-    if minimum.ndim > 1:
-        raise ValueError(
-            f"Expected `{name}` to be one number or of shape (C,), but got {tuple(minimum.shape)}."
-        )
+def _minimum(value: PerClass, name: str, *, is_ratio: bool) -> Tensor:
+    minimum = as_per_class(value, name).detach().to(torch.float32, copy=True)
     if minimum.is_meta:
         return minimum
     if bool(minimum.isnan().any()):

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ops
-from ._checks import check_anchors, check_device, check_features, check_label_map, check_range
+from ._checks import (
+    check_anchors,
+    check_device,
+    check_features,
+    check_label_map,
+    check_labels,
+    check_logits,
+    check_range,
+)
 from ._pickles import UnfitError, read, to_tensor
 from .anchors import keep_correct, resize_labels
 from .losses import discriminative_loss
@@ -107,9 +115,9 @@ def cag_uda_loss(
     _check_domain(source_features, source_logits, anchors, "source")
     _check_domain(target_features, target_logits, anchors, "target")
     _check_source_labels(source_labels, source_features)
-    _check_target_labels(anchor_labels, target_features, "anchor_labels")
-    _check_target_labels(probability_labels, target_features, "probability_labels")
-    check_range(distance_weight, "distance_weight", 0.0, math.inf)
+    check_labels(anchor_labels, target_features, "target_features", "anchor_labels")
+    check_labels(probability_labels, target_features, "target_features", "probability_labels")
+    distance_weight = check_range(distance_weight, "distance_weight", 0.0, math.inf)
 
     resized = resize_labels(source_labels, source_features.shape[2:])
     # At once, so that the gradients of the two target losses are not added up in half precision.
@@ -213,7 +221,7 @@ def _scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
 
 def _check_domain(features: Tensor, logits: Tensor, anchors: Tensor, domain: str) -> None:
     check_features(features, f"{domain}_features")
-    check_features(logits, f"{domain}_logits")
+    check_logits(logits, f"{domain}_logits")
     if features.ndim != 4 or features.shape[1] != anchors.shape[1]:
         raise ValueError(
             f"Expected `{domain}_features` of shape (N, D, h, w) with D = {anchors.shape[1]} to "
@@ -233,27 +241,15 @@ def _check_domain(features: Tensor, logits: Tensor, anchors: Tensor, domain: str
 def _check_source_labels(labels: Tensor, features: Tensor) -> None:
     check_label_map(labels, "source_labels")
     if labels.ndim != 3 or labels.shape[0] != features.shape[0]:
-        mend = ""
-        if labels.ndim == 4 and labels.shape[1] == 1:
-            mend = " Drop the channel dimension with source_labels.squeeze(1)."
+        fix = ""
+        if labels.ndim == 4 and 1 in (labels.shape[1], labels.shape[-1]):
+            dim = 1 if labels.shape[1] == 1 else -1
+            fix = f" Drop the channel dimension with source_labels.squeeze({dim})."
         raise ValueError(
             f"Expected `source_labels` of shape (N, H, W) with N = {features.shape[0]} to match "
-            f"`source_features`, but got {tuple(labels.shape)}.{mend}"
+            f"`source_features`, but got {tuple(labels.shape)}.{fix}"
         )
     check_device(labels, "source_labels", features, "source_features")
-
-
-def _check_target_labels(labels: Tensor, features: Tensor, name: str) -> None:
-    check_label_map(labels, name)
-    expected = (features.shape[0], *features.shape[2:])
-    if tuple(labels.shape) != expected:
-        mend = f" Resize them with anchorda.resize_labels({name}, target_features.shape[2:])."
-        resizable = labels.ndim == 3 and labels.shape[0] == features.shape[0]
-        raise ValueError(
-            f"Expected `{name}` of shape (N, h, w) = {expected} to match `target_features`, "
-            f"but got {tuple(labels.shape)}.{mend if resizable else ''}"
-        )
-    check_device(labels, name, features, "target_features")
 
 
 def _anchors(content: object) -> Tensor:

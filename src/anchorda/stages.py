@@ -4,12 +4,14 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, final, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ._checks import check_anchor_rows, check_choice, check_per_class
+from ._checks import as_floats, check_anchor_rows, check_choice, check_per_class
 from ._state import move_buffers
 from .anchors import CategoryAnchors, keep_correct, resize_labels
 from .calibration import warn_unreachable_margins
@@ -118,7 +120,7 @@ class StageLabeler(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        centroids: Tensor,
+        centroids: Tensor | npt.NDArray[np.floating],
         *,
         by_anchor: AnchorPseudoLabeler | None = None,
         by_probability: ProbabilityPseudoLabeler | None = None,
@@ -126,6 +128,7 @@ class StageLabeler(nn.Module):
         extract: Extract = _call_network,
     ) -> None:
         super().__init__()
+        centroids = as_floats(centroids, "centroids")
         check_anchor_rows(centroids, "centroids")
         check_choice(rule, "rule", get_args(Rule))
         if isinstance(extract, nn.Module):
