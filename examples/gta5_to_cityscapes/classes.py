@@ -1,6 +1,9 @@
-"""The 19 Cityscapes evaluation classes: one table, everything else derived from it."""
+"""Classes and the ids that label files have for them: Cityscapes' 19, SYNTHIA's, one's own."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,37 +49,147 @@ SYNTHIA_13 = tuple(c for c in SYNTHIA_16 if CLASS_NAMES[c] not in ("wall", "fenc
 
 # Cityscapes numbers its labels 0-33 and GTA5 adds 34; a license plate, -1, is 255 in 8 bits.
 _KNOWN_RAW_IDS = (*range(35), 255)
-_UNKNOWN = 254
 _SYNTHIA_IDS = 23  # 0-22; those without a class: void, parking slot, road work, lane marking, ...
+_UNKNOWN = 254
+_ALL_IDS = 2**16  # what label files of up to 16 bits can hold
 
 
-def _palette() -> NDArray[np.uint8]:
-    palette = np.zeros((256, 3), np.uint8)
-    palette[:NUM_CLASSES] = [entry.color for entry in CLASSES]
-    palette.setflags(write=False)
-    return palette
+@final
+@dataclass(frozen=True, eq=False)
+class LabelIds:
+    """The meaning of the numbers in label files."""
+
+    name: str
+    """As errors call them."""
+    table: NDArray[np.uint8]
+    """(65536,): the train id of each number, `IGNORE`, or 254 where the number is undefined."""
+
+    def to_train(self, ids: NDArray[np.integer]) -> NDArray[np.uint8]:
+        """Map ids to train ids; ids of no class become `IGNORE`.
+
+        Raises:
+            ValueError: If `ids` holds an undefined id.
+        """
+        labels = self.table.take(np.asarray(ids), mode="clip")
+        wrong = ids[(labels == _UNKNOWN) | (ids < 0) | (ids >= _ALL_IDS)]
+        if wrong.size:
+            raise ValueError(f"Expected {self.name}, but got {_some(np.unique(wrong).tolist())}.")
+        return labels
 
 
-def _raw_to_train() -> NDArray[np.uint8]:
-    table = np.full(256, _UNKNOWN, np.uint8)
-    table[list(_KNOWN_RAW_IDS)] = IGNORE
-    table[[entry.raw_id for entry in CLASSES]] = np.arange(NUM_CLASSES)
+@final
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a network; a class's train id is its position."""
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    ids: tuple[tuple[int, ...], ...]
+    """The ids of each class in gray label files."""
+
+    def __len__(self) -> int:
+        """Count the classes."""
+        return len(self.names)
+
+    def palette(self) -> NDArray[np.uint8]:
+        """Return the color (256, 3) of each train id; ignored is black."""
+        palette = np.zeros((256, 3), np.uint8)
+        palette[: len(self)] = self.colors
+        palette.setflags(write=False)
+        return palette
+
+    def label_ids(self) -> LabelIds:
+        """Return the ids of label files; an id that no class names is ignored."""
+        named = {id_: train_id for train_id, ids in enumerate(self.ids) for id_ in ids}
+        return _label_ids("ids from 0 to 65535", named, ignored=range(_ALL_IDS))
+
+
+def read_classes(path: Path) -> Classes:
+    """Read own classes: a text file with one class a line, `name` or `name: id, id`.
+
+    The ids are the numbers in the label files that the class covers. A class without ids has the
+    number of its line, from 0.
+
+    Raises:
+        ValueError: If the file is not such a list; the message names the line.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable text file ({error}).") from error
+    parsed = [_parse_class(path, number, line) for number, line in enumerate(lines)]
+    if not 2 <= len(parsed) < _UNKNOWN:
+        raise ValueError(
+            f"{path}: expected 2 to {_UNKNOWN - 1} classes, one a line, but got {len(parsed)}."
+        )
+    names, ids = zip(*parsed, strict=True)
+    for kind, values in (("name", [*names]), ("id", [str(id_) for of in ids for id_ in of])):
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(
+                f"{path}: expected each {kind} once, but got {_some(twice)} more than once. "
+                "A class without ids has the number of its line, from 0."
+            )
+    return Classes(names, tuple(_color(k + 1) for k in range(len(parsed))), ids)
+
+
+def _parse_class(path: Path, number: int, line: str) -> tuple[str, tuple[int, ...]]:
+    name, colon, numbers = line.rpartition(":")
+    name = (name if colon else line).strip()
+    where = f"{path}, line {number + 1}: expected `name` or `name: id, id`, but got {line!r}."
+    if not name:
+        raise ValueError(f"{where} Every line names a class; the first line has number 0.")
+    if not name.isprintable() or "$" in name:  # matplotlib takes $ for a formula
+        raise ValueError(f"{where} A name consists of printable characters other than $.")
+    if not colon:
+        return name, (number,)
+    parts = [part.strip() for part in numbers.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) < _ALL_IDS for part in parts):
+        raise ValueError(f"{where} Ids are whole numbers from 0 to {_ALL_IDS - 1}.")
+    return name, tuple(map(int, parts))
+
+
+def _color(index: int) -> tuple[int, int, int]:
+    """Return a color of the Pascal VOC color map, whose colors are distinct up to 255."""
+    red, green, blue = (
+        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+        for channel in range(3)
+    )
+    return red, green, blue
+
+
+def _label_ids(name: str, train_id: dict[int, int], ignored: range | tuple[int, ...]) -> LabelIds:
+    table = np.full(_ALL_IDS, _UNKNOWN, np.uint8)
+    table[list(ignored)] = IGNORE
+    table[list(train_id)] = list(train_id.values())
     table.setflags(write=False)
-    return table
+    return LabelIds(name, table)
 
 
-def _synthia_to_train() -> NDArray[np.uint8]:
-    table = np.full(_SYNTHIA_IDS, IGNORE, np.uint8)
-    for train_id, entry in enumerate(CLASSES):
-        if entry.synthia_id is not None:
-            table[entry.synthia_id] = train_id
-    table.setflags(write=False)
-    return table
+def _some(values: Sequence[object]) -> str:
+    return "[" + ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "") + "]"
 
 
-PALETTE = _palette()  # (256, 3): the color of each train id; ignored is black
-_RAW_TO_TRAIN = _raw_to_train()
-_SYNTHIA_TO_TRAIN = _synthia_to_train()
+STREET = Classes(
+    CLASS_NAMES,
+    tuple(entry.color for entry in CLASSES),
+    tuple((entry.raw_id,) for entry in CLASSES),
+)
+PALETTE = STREET.palette()  # (256, 3): the color of each train id; ignored is black
+RAW_IDS = _label_ids(
+    "raw ids 0-34 or 255",
+    {entry.raw_id: train_id for train_id, entry in enumerate(CLASSES)},
+    ignored=_KNOWN_RAW_IDS,
+)
+SYNTHIA_IDS = _label_ids(
+    f"SYNTHIA ids 0-{_SYNTHIA_IDS - 1}",
+    {
+        entry.synthia_id: train_id
+        for train_id, entry in enumerate(CLASSES)
+        if entry.synthia_id is not None
+    },
+    ignored=range(_SYNTHIA_IDS),
+)
 
 
 def train_ids(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -85,21 +198,4 @@ def train_ids(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Raises:
         ValueError: If `raw` holds an id that neither Cityscapes nor GTA5 defines.
     """
-    labels = _RAW_TO_TRAIN.take(raw)
-    if (labels == _UNKNOWN).any():
-        unknown = np.unique(raw[labels == _UNKNOWN]).tolist()
-        raise ValueError(f"Expected raw ids 0-34 or 255, but got {unknown}.")
-    return labels
-
-
-def synthia_train_ids(ids: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Map SYNTHIA's ids to the train ids of `SYNTHIA_16`; its other ids become `IGNORE`.
-
-    Raises:
-        ValueError: If `ids` holds an id that SYNTHIA does not define.
-    """
-    unknown = np.unique(ids[ids >= _SYNTHIA_IDS])
-    if unknown.size:
-        some = unknown[:5].tolist()
-        raise ValueError(f"Expected SYNTHIA ids 0-{_SYNTHIA_IDS - 1}, but got ids such as {some}.")
-    return _SYNTHIA_TO_TRAIN.take(ids)
+    return RAW_IDS.to_train(raw)

@@ -1,4 +1,6 @@
-"""The class table agrees with the official ids, and everything derived from it with the table."""
+"""The class table agrees with the official ids, and everything derived from it; own classes."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from classes import (
     PALETTE,
     SYNTHIA_13,
     SYNTHIA_16,
-    synthia_train_ids,
+    SYNTHIA_IDS,
+    read_classes,
     train_ids,
 )
 
@@ -95,7 +98,7 @@ def test_synthia_shares_all_classes_but_three() -> None:
 
 
 def test_synthia_train_ids_maps_every_id_by_name() -> None:
-    labels = synthia_train_ids(np.arange(23, dtype=np.uint16).reshape(1, 23))
+    labels = SYNTHIA_IDS.to_train(np.arange(23, dtype=np.uint16).reshape(1, 23))
     assert labels.dtype == np.uint8
     assert labels.tolist() == [
         [
@@ -110,12 +113,12 @@ def test_synthia_train_ids_maps_every_id_by_name() -> None:
 @pytest.mark.parametrize("unknown", [23, 255, 256 + 3, 65535])
 def test_synthia_train_ids_rejects_unknown_ids(unknown: int) -> None:
     with pytest.raises(ValueError, match=rf"0-22.*\[{unknown}\]"):
-        synthia_train_ids(np.array([[3, unknown], [unknown, 22]], np.uint16))
+        SYNTHIA_IDS.to_train(np.array([[3, unknown], [unknown, 22]], np.uint16))
 
 
 def test_synthia_train_ids_names_a_few_of_many_unknown_ids() -> None:
-    with pytest.raises(ValueError, match=r"\[23, 24, 25, 26, 27\]\.$"):
-        synthia_train_ids(np.arange(65536, dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"\[23, 24, 25, 26, 27, \.\.\.\]\.$"):
+        SYNTHIA_IDS.to_train(np.arange(65536, dtype=np.uint16))
 
 
 def test_palette_gives_distinct_colors_and_black_for_ignored() -> None:
@@ -124,3 +127,62 @@ def test_palette_gives_distinct_colors_and_black_for_ignored() -> None:
     assert len({tuple(color) for color in PALETTE[:NUM_CLASSES].tolist()}) == NUM_CLASSES
     assert tuple(PALETTE[CLASS_NAMES.index("car")]) == (0, 0, 142)
     assert not PALETTE[NUM_CLASSES:].any()
+
+
+# ---- own classes --------------------------------------------------------------------------------
+
+
+def _list(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.mark.parametrize("text", ["{}", "{}\n\n", "\ufeff{}"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_own_classes_with_and_without_ids(tmp_path: Path, text: str, end: str) -> None:
+    lines = end.join(["soil", "crop: wheat : 40,7 ", "Unkräuter", "sky:255, 300"])
+    classes = read_classes(_list(tmp_path, text.format(lines)))
+    assert classes.names == ("soil", "crop: wheat", "Unkräuter", "sky")
+    assert classes.ids == ((0,), (40, 7), (2,), (255, 300))
+    assert len(classes) == 4
+    ids = np.array([[0, 7, 40, 2], [255, 300, 1, 65535]], np.uint16)
+    assert classes.label_ids().to_train(ids).tolist() == [[0, 1, 1, 2], [3, 3, IGNORE, IGNORE]]
+
+
+def test_own_classes_have_distinct_colors_other_than_ignored(tmp_path: Path) -> None:
+    classes = read_classes(_list(tmp_path, "\n".join(f"class {k}" for k in range(253))))
+    colors = {tuple(color) for color in classes.palette()[:254].tolist()}
+    assert len(colors) == 254
+    assert classes.palette()[0].tolist() == [128, 0, 0]  # as in Pascal VOC's color map
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected 2 to 253 classes, one a line, but got 0"),
+        ("only", "but got 1"),
+        ("\n".join(f"c{k}" for k in range(254)), "but got 254"),
+        ("a\n\nb", "line 2: expected `name` or `name: id, id`, but got ''"),
+        ("a\n: 3", "line 2: .*Every line names a class"),
+        ("a: 1\nb: x", "line 2: .*but got 'b: x'.*whole numbers from 0 to 65535"),
+        ("a: 1\nb: 2,", "line 2: .*whole numbers"),
+        ("a: -1\nb", "line 1: .*whole numbers"),
+        ("a: 65536\nb", "line 1: .*whole numbers"),
+        ("a: ²\nb", "line 1: .*whole numbers"),
+        ("a$b$\nc", "line 1: .*printable characters other than"),
+        ("a: 1\nb", r"expected each id once, but got \[1\] .*number of its line, from 0"),
+        ("a\nb\na", r"expected each name once, but got \[a\]"),
+        (b"\xff\xfe", "not a readable text file"),
+    ],
+)
+def test_lists_of_classes_that_are_none(tmp_path: Path, text: str | bytes, said: str) -> None:
+    path = _list(tmp_path, text)
+    with pytest.raises(ValueError, match=said) as caught:
+        read_classes(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_list_of_classes_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No such file"):
+        read_classes(tmp_path / "nowhere.txt")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import readers
 import synthetic
 from classes import CLASSES, IGNORE, NUM_CLASSES, SYNTHIA_16, train_ids
+from image_files import read_first_channel
 from numpy.typing import NDArray
 from PIL import Image
 from readers import (
@@ -117,7 +117,7 @@ def test_every_16_bit_sample_is_written(tmp_path: Path) -> None:
     for first in range(3):  # the reader knows the first channel
         path = tmp_path / f"{first}.png"
         path.write_bytes(synthetic._png_of_16_bits(np.roll(samples, -first, 2)))
-        assert np.array_equal(readers._read_first_channel(path), samples[..., first])
+        assert np.array_equal(read_first_channel(path), samples[..., first])
     with Image.open(io.BytesIO(content)) as image:
         image.verify()  # the checksums
         assert image.size == (7, 5)
