@@ -3,6 +3,7 @@
 python tests/compile_kernels.py 90
 """
 
+import itertools
 import sys
 import warnings
 
@@ -38,7 +39,9 @@ def main() -> None:
     capability = int(sys.argv[1])
     for features in ("*fp32", "*bf16"):
         of = {"features": features, "labels": "*i64", "points": "*fp32", "losses": "*fp32"}
+        of["present"] = "*i1"
         results = {"squares": "*fp32", "nearest": "*fp32", "second": "*fp32", "classes": "i32"}
+        results["of_class"] = "i32"
         sums = {"found": "*i32", "sums": "*fp64", "counts": "*i64", "classes": "i32"}
         sums |= {"length": "i32", "tiles": "i32"}
         for classes in (19, 256):
@@ -51,8 +54,8 @@ def main() -> None:
         compile_for(capability, kernels._clean_kernel, {**of, **clean}, LOSSES)
         grads = {"grad_losses": "*fp32", "grad": features}
         grads |= {"grad_stride_image": "i32", "grad_stride_channel": "i32"}
-        for distance in kernels._DISTANCES.values():
-            blocks = {**LOSSES, "DISTANCE": distance}
+        for distance, of_class in itertools.product(kernels._DISTANCES.values(), (1, 3)):
+            blocks = {**LOSSES, "DISTANCE": distance, "OF_CLASS": of_class}
             compile_for(capability, kernels._losses_kernel, of, blocks)
             blocks["grad_stride_pixel"] = 1
             compile_for(capability, kernels._losses_backward_kernel, {**of, **grads}, blocks)

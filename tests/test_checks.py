@@ -203,10 +203,10 @@ def test_labels_of_other_ranks(shape: tuple[int, ...], dimensions: str) -> None:
             (
                 torch.zeros(shape),
                 ValueError,
-                "Expected `anchors` of shape (C, D) with D = 3 to match `features`, but got "
-                f"{shape}. Compute the anchors from features of the same layer.",
+                "Expected `anchors` of shape (C, D) or (C, M, D) with D = 3 to match `features`, "
+                f"but got {shape}. Compute the anchors from features of the same layer.",
             )
-            for shape in ((6, 4), (3,), (0, 3), (6, 1, 3))
+            for shape in ((6, 4), (3,), (0, 3), (6, 1, 4), (6, 0, 3), (6, 1, 1, 3))
         ),
         (
             ANCHORS.to("meta"),

@@ -61,6 +61,11 @@ def _combine(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) 
     return anchorda.combine_pseudo_labels(agreed, labels, "union")
 
 
+def several(anchors: Tensor) -> Tensor:
+    """Anchors (C, 2, D) from one of each class."""
+    return torch.stack([anchors, anchors.flip(0)], dim=1)
+
+
 Case = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 CASES: dict[str, Case] = {
     "class_sums": lambda x, y, z, a: anchorda.class_sums(x, y, NUM_CLASSES),
@@ -84,6 +89,10 @@ CASES: dict[str, Case] = {
         x, y, a
     ),
     "contrastive": lambda x, y, z, a: anchorda.AnchorContrastiveLoss()(x, y, a),
+    "several": lambda x, y, z, a: _margins(x, several(a)),
+    "several, euclidean": lambda x, y, z, a: anchorda.AnchorDistanceLoss()(x, y, several(a)),
+    "several, contrastive": lambda x, y, z, a: anchorda.AnchorContrastiveLoss()(x, y, several(a)),
+    "several, distances": lambda x, y, z, a: anchorda.anchor_distances(x, several(a)),
     "discriminative": lambda x, y, z, a: _discriminative(z, y),
 }
 
@@ -210,12 +219,22 @@ def test_operators_keep_the_rules(
     # All classes seen: the check compares gradients of all results, and takes NaN for different.
     inputs = select([*problem[:3], problem[3].nan_to_num(1.0)])
     torch.library.opcheck(getattr(_ops, name), inputs)
+    if "sums" not in name:
+        inputs = select([*problem[:3], several(problem[3].nan_to_num(1.0))])
+        torch.library.opcheck(getattr(_ops, name), inputs)
 
 
 def test_results_on_the_meta_device_have_the_shapes_and_dtypes_of_real_ones() -> None:
     inputs = [t.detach() for t in arguments()]
     for name, case in CASES.items():
-        if name in ("CategoryAnchors", "ScoreCalibrator", "evaluation", "margins", "combine"):
+        if name in (
+            "CategoryAnchors",
+            "ScoreCalibrator",
+            "evaluation",
+            "margins",
+            "combine",
+            "several",
+        ):
             continue  # Their state is made on the CPU.
         real, fake = tensors(case(*inputs)), tensors(case(*(t.to("meta") for t in inputs)))
         assert [(r.shape, r.dtype) for r in real] == [(f.shape, f.dtype) for f in fake], name

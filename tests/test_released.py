@@ -589,8 +589,9 @@ def test_on_the_meta_device() -> None:
         (
             {"anchors": torch.zeros(3, 5)},
             ValueError,
-            "Expected `anchors` of shape (C, D) with D = 3 to match `features`, but got (3, 5). "
-            "Compute them from features of the same layer, or transpose them with anchors.T.",
+            "Expected `anchors` of shape (C, D) or (C, M, D) with D = 3 to match `features`, "
+            "but got (3, 5). Compute them from features of the same layer, or transpose them with "
+            "anchors.T.",
         ),
         (
             {"anchor_labels": torch.zeros(3, 6, 5, dtype=torch.int64, device="meta")},

@@ -102,21 +102,32 @@ def check_same_labels(first: Tensor, second: Tensor, names: tuple[str, str]) -> 
 
 
 def check_anchors(anchors: Tensor, features: Tensor) -> None:
-    """Reject anchors that are not a floating-point tensor (C, D) beside features (N, D, *)."""
+    """Reject anchors that are not a floating-point tensor (C, D) or (C, M, D) beside features."""
     check_tensor(anchors, "anchors")
     check_floating(anchors, "anchors")
     dim = features.shape[1]
-    if anchors.ndim != 2 or anchors.shape[0] < 1 or anchors.shape[1] != dim:
+    if not _has_anchors(anchors) or anchors.shape[-1] != dim:
         fix = "Compute the anchors from features of the same layer."
         if anchors.ndim == 2 and features.ndim > 2 and anchors.shape[1] == features.shape[-1]:
             fix = "Move the channels of the features to dimension 1: features.movedim(-1, 1)."
         elif anchors.ndim == 2 and anchors.shape[0] == dim:
             fix = "Compute them from features of the same layer, or transpose them with anchors.T."
         raise ValueError(
-            f"Expected `anchors` of shape (C, D) with D = {dim} to match `features`, but got "
-            f"{tuple(anchors.shape)}. {fix}"
+            f"Expected `anchors` of shape (C, D) or (C, M, D) with D = {dim} to match `features`, "
+            f"but got {tuple(anchors.shape)}. {fix}"
         )
     check_device(anchors, "anchors", features, "features")
+
+
+def check_anchor_groups(anchors: Tensor, name: str = "anchors") -> None:
+    """Reject anchors that are not a floating-point tensor (C, D) or (C, M, D)."""
+    check_tensor(anchors, name)
+    check_floating(anchors, name)
+    if not _has_anchors(anchors):
+        raise ValueError(
+            f"Expected `{name}` of shape (C, D) or (C, M, D), one anchor or several for each "
+            f"class, but got {tuple(anchors.shape)}."
+        )
 
 
 def check_anchor_rows(anchors: Tensor, name: str = "anchors") -> None:
@@ -455,6 +466,11 @@ def _as_float(value: object) -> float | None:
 def _is_scalar(value: object) -> TypeGuard[Tensor]:
     """Return True for a tensor () whose value can be read."""
     return isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta
+
+
+def _has_anchors(anchors: Tensor) -> bool:
+    """Return True for shapes (C, D) and (C, M, D) with C, M ≥ 1."""
+    return anchors.ndim in (2, 3) and 0 not in anchors.shape[:-1]
 
 
 def _check_alike(value: Tensor, name: str, like: Tensor, like_name: str, fix: str = "") -> None:

@@ -21,6 +21,7 @@ from ._checks import (
     as_floats,
     as_integers,
     as_per_class,
+    check_anchor_groups,
     check_anchor_rows,
     check_class_names,
     check_count,
@@ -215,10 +216,14 @@ def margin_limits(anchors: Tensor | npt.NDArray[np.floating]) -> Tensor:
 
     .. math:: \ell_c = \min_{k \ne c} \lVert a_c - a_k \rVert_2
 
-    By the triangle inequality the runner-up is at most :math:`\ell_c` farther than :math:`a_c`.
+    By the triangle inequality the runner-up is at most :math:`\ell_c` farther than :math:`a_c`. Of
+    several anchors of a class it is the one farthest from other classes that limits the margin:
+
+    .. math:: \ell_c = \max_m \min_{k \ne c,\, n} \lVert a_{c,m} - a_{k,n} \rVert_2
 
     Args:
-        anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
+        anchors: ``(C, D)`` or ``(C, M, D)``, floating point. A row that is not finite is absent; a
+            class without any other row is unseen.
 
     Returns:
         ``(C,)`` float32 (float64 for float64 anchors): NaN for unseen classes, infinite if only
@@ -233,7 +238,12 @@ def margin_limits(anchors: Tensor | npt.NDArray[np.floating]) -> Tensor:
     >>> margin_limits(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]]))
     tensor([5., 1., 1.])
     """
-    return _anchor_to_anchor(as_floats(anchors, "anchors")).amin(dim=1)
+    anchors = as_floats(anchors, "anchors")
+    check_anchor_groups(anchors)
+    of_anchors = _to_other_classes(anchors).amin(dim=2)
+    absent = of_anchors.isnan()
+    limits = of_anchors.masked_fill(absent, -torch.inf).amax(dim=1)
+    return torch.where(absent.all(dim=1), torch.nan, limits)
 
 
 def warn_unreachable_margins(
@@ -249,7 +259,7 @@ def warn_unreachable_margins(
 
     Args:
         min_margin: one number, or ``(C,)``; see `AnchorPseudoLabeler`.
-        anchors: ``(C, D)``.
+        anchors: ``(C, D)`` or ``(C, M, D)``.
         class_names: C names for the message; without them classes are numbered.
 
     Raises:
@@ -385,7 +395,7 @@ def anchor_health(
     if previous is not None:
         previous = as_floats(previous, "previous", anchors.device)
         check_same_anchors(previous, anchors)
-    to_others = _anchor_to_anchor(anchors)
+    to_others = _to_other_classes(anchors).squeeze(1)
     limits, nearest = to_others.min(dim=1)
     seen = anchors.isfinite().all(dim=1)
     distances = torch.where(to_others.isinf(), torch.nan, to_others)
@@ -404,13 +414,17 @@ def anchor_health(
     )
 
 
-def _anchor_to_anchor(anchors: Tensor) -> Tensor:
-    """Distances (C, C) to other anchors: infinite to itself and to unseen ones, NaN from those."""
-    check_anchor_rows(anchors)
-    distances = anchor_distances(anchors.detach(), anchors)
-    unseen = ~anchors.isfinite().all(dim=1, keepdim=True)
-    itself = torch.eye(anchors.shape[0], dtype=torch.bool, device=anchors.device)
-    return torch.where(unseen, torch.nan, torch.where(itself, torch.inf, distances))
+def _to_other_classes(anchors: Tensor) -> Tensor:
+    """Distances (C, M, C) of anchors to classes: infinite to their own and to unseen ones.
+
+    NaN from an anchor that is absent.
+    """
+    num_classes, dim = anchors.shape[0], anchors.shape[-1]
+    distances = anchor_distances(anchors.detach().reshape(-1, dim), anchors)
+    distances = distances.view(num_classes, -1, num_classes)
+    absent = ~anchors.isfinite().all(dim=-1).view(num_classes, -1, 1)
+    own = torch.eye(num_classes, dtype=torch.bool, device=anchors.device)[:, None]
+    return torch.where(absent, torch.nan, torch.where(own, torch.inf, distances))
 
 
 def _shown(value: Tensor) -> str:

@@ -54,13 +54,14 @@ def anchor_distance_loss(
               \end{cases}
 
     averaged over the active pixels, or, for ``average="class"``, over the pixels of each class
-    and then over the classes that have any. The Euclidean gradient at x = a is 0. Differentiable
-    once, in the features.
+    and then over the classes that have any. Of several anchors of a class the nearest counts, by
+    that distance. The Euclidean gradient at x = a is 0. Differentiable once, in the features.
 
     Args:
         features: ``(N, D, *)``, floating point.
         labels: ``(N, *)``, any integer dtype. Active is a label in [0, C) of a seen class.
-        anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
+        anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class, floating point. A row that
+            is not finite is absent; a class without any other row is unseen.
         distance: see above.
         average: see above.
         pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
@@ -154,13 +155,14 @@ def anchor_contrastive_loss(
     .. math:: \ell_i = -\log \frac{\exp(-\lVert x_i - a_{y_i} \rVert_2 / \tau)}
                                   {\sum_{k\ \text{seen}} \exp(-\lVert x_i - a_k \rVert_2 / \tau)}
 
-    averaged over the active pixels: the explicit push away from the anchors of other classes.
-    Differentiable once, in the features.
+    averaged over the active pixels: the explicit push away from the anchors of other classes. Of
+    several anchors of a class the nearest counts. Differentiable once, in the features.
 
     Args:
         features: ``(N, D, *)``, floating point.
         labels: ``(N, *)``, any integer dtype. Active is a label in [0, C) of a seen class.
-        anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
+        anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class, floating point. A row that
+            is not finite is absent; a class without any other row is unseen.
         temperature: τ > 0, in the units of the features.
         pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
 
@@ -197,7 +199,7 @@ class AnchorDistanceLoss(nn.Module):
 
     Shape:
         - features: ``(N, D, *)``, floating point; labels: ``(N, *)``, integer; anchors:
-          ``(C, D)``, floating point.
+          ``(C, D)`` or ``(C, M, D)``, floating point.
         - Output: scalar, float32 (float64 for float64 features).
 
     Raises:
@@ -226,7 +228,7 @@ class AnchorDistanceLoss(nn.Module):
         *,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D)."""
+        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D) or (C, M, D)."""
         return anchor_distance_loss(
             features,
             labels,
@@ -301,7 +303,7 @@ class AnchorContrastiveLoss(nn.Module):
 
     Shape:
         - features: ``(N, D, *)``, floating point; labels: ``(N, *)``, integer; anchors:
-          ``(C, D)``, floating point.
+          ``(C, D)`` or ``(C, M, D)``, floating point.
         - Output: scalar, float32 (float64 for float64 features).
 
     Raises:
@@ -327,7 +329,7 @@ class AnchorContrastiveLoss(nn.Module):
         *,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D)."""
+        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D) or (C, M, D)."""
         return anchor_contrastive_loss(
             features, labels, anchors, temperature=self.temperature, pixel_weights=pixel_weights
         )
@@ -346,7 +348,9 @@ def _active_labels(
     check_anchors(anchors, features)
     check_pixel_weights(pixel_weights, labels)
     targets = _labels_in_range(labels, anchors.shape[0])
-    seen = anchors.detach().isfinite().all(dim=1)
+    seen = anchors.detach().isfinite().all(dim=-1)
+    if anchors.ndim == 3:
+        seen = seen.any(dim=1)
     return torch.where(seen[targets], targets, -1)
 
 

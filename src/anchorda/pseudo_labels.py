@@ -35,17 +35,20 @@ class PseudoLabels(NamedTuple):
 
 
 def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
-    r"""Euclidean distances from every feature to every anchor.
+    r"""Euclidean distances from every feature to every class.
 
-    .. math:: d_{i,k} = \lVert x_i - a_k \rVert_2
+    .. math:: d_{i,k} = \lVert x_i - a_k \rVert_2 \quad\text{or}\quad
+              d_{i,k} = \min_m \lVert x_i - a_{k,m} \rVert_2
 
-    Computed in float64 inside: a float32 result is right to its last digits, and to 1e-6 where a
-    feature of norm 10 lies on an anchor. Differentiable in the features, with gradient 0 where
-    x = a; never in the anchors. An infinite distance has no useful gradient: mask before squaring.
+    for one anchor of each class or several. Computed in float64 inside: a float32 result is right
+    to its last digits, and to 1e-6 where a feature of norm 10 lies on an anchor. Differentiable in
+    the features, with gradient 0 where x = a; never in the anchors. An infinite distance has no
+    useful gradient: mask before squaring.
 
     Args:
         features: ``(N, D, *)``, floating point.
-        anchors: ``(C, D)``, floating point. A row that is not finite is an unseen class.
+        anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class, floating point. A row that
+            is not finite is absent; a class without any other row is unseen.
 
     Returns:
         ``(N, C, *)`` float32 (float64 for float64 features); infinite for unseen classes, and
@@ -135,8 +138,8 @@ class AnchorPseudoLabeler(nn.Module):
 
     Shape:
         - features: ``(N, D, *)``, floating point. Where one is not finite: ignored, score 0.
-        - anchors: ``(C, D)``. A row that is not finite is an unseen class: never nearest, never
-          runner-up.
+        - anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class. A row that is not finite
+          is absent, and a class without any other row unseen: never nearest, never runner-up.
         - Output: ``PseudoLabels(labels (N, *) int64, scores (N, *) float32)``. The score is the
           margin: with one class seen infinite (1 if ``relative``), with none 0 and ignored.
 
@@ -169,7 +172,7 @@ class AnchorPseudoLabeler(nn.Module):
         self.register_buffer("min_margin", minimum)
 
     def forward(self, features: Tensor, anchors: Tensor) -> PseudoLabels:
-        """Label the pixels of features (N, D, *) by anchors (C, D)."""
+        """Label the pixels of features (N, D, *) by anchors (C, D) or (C, M, D)."""
         check_features(features)
         check_anchors(anchors, features)
         check_per_class(self.min_margin, "min_margin", anchors, "anchors", anchors.shape[0])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import (
+    check_anchor_rows,
     check_anchors,
     check_device,
     check_features,
@@ -112,6 +113,7 @@ def cag_uda_loss(
     """
     check_features(source_features, "source_features")
     check_anchors(anchors, source_features)
+    check_anchor_rows(anchors)
     _check_domain(source_features, source_logits, anchors, "source")
     _check_domain(target_features, target_logits, anchors, "target")
     _check_source_labels(source_labels, source_features)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ._checks import as_floats, check_anchor_rows, check_choice, check_per_class
+from ._checks import as_floats, check_anchor_groups, check_choice, check_per_class
 from ._state import move_buffers
 from .anchors import CategoryAnchors, keep_correct, resize_labels
 from .calibration import warn_unreachable_margins
@@ -64,7 +64,7 @@ class StageLabeler(nn.Module):
 
     Args:
         network: any module that ``copy.deepcopy`` copies; it is not modified.
-        centroids: ``(C, D)``, the anchors; a row that is not finite is an unseen class.
+        centroids: ``(C, D)`` or ``(C, M, D)``, the anchors; see `AnchorPseudoLabeler`.
         by_anchor: labels by distance; warned of where no pixel can exceed its minimum margin.
         by_probability: labels by the classifier.
         rule: which labels `StageLabels.labels` holds: those of one labeler, or both combined as
@@ -79,7 +79,7 @@ class StageLabeler(nn.Module):
 
     Raises:
         TypeError: if a dtype is wrong, or ``extract`` is a module.
-        ValueError: if ``centroids`` is not ``(C, D)``, ``rule`` is unknown, the labelers have
+        ValueError: if ``centroids`` is of another shape, ``rule`` is unknown, the labelers have
             another number of classes or differ in their ``ignore_index``, or the network's features
             or logits do not fit the centroids or each other.
 
@@ -109,7 +109,7 @@ class StageLabeler(nn.Module):
     """
 
     centroids: Tensor
-    """(C, D) float32: the anchors, fixed."""
+    """(C, D) or (C, M, D) float32: the anchors, fixed."""
     network: nn.Module
     """The frozen copy."""
     by_anchor: AnchorPseudoLabeler
@@ -129,7 +129,7 @@ class StageLabeler(nn.Module):
     ) -> None:
         super().__init__()
         centroids = as_floats(centroids, "centroids")
-        check_anchor_rows(centroids, "centroids")
+        check_anchor_groups(centroids, "centroids")
         check_choice(rule, "rule", get_args(Rule))
         if isinstance(extract, nn.Module):
             raise TypeError(

@@ -149,7 +149,8 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     """See `reference.nearest_anchors`."""
     nearest: tuple[Tensor, Tensor, Tensor]
     plain = cpu if cpu.multiplies(features) else reference
-    fastest = _fastest(features, anchors, num_classes=len(anchors), plain=plain)
+    num_anchors = anchors.shape[:-1].numel()
+    fastest = _fastest(features, anchors, num_classes=num_anchors, plain=plain)
     nearest = fastest.nearest_anchors(features, anchors)
     return nearest
 

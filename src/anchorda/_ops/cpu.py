@@ -101,9 +101,10 @@ def contrastive_losses(
     distances = features.new_empty(shape, dtype=torch.float32)
     losses, targets = distances.new_empty(labels.shape), scalars(labels)
     few = _FEW * losses.numel()
-    for block in blocks(maps, torch.float32, anchors.shape[0]):
+    for block in blocks(maps, torch.float32, len(about.points)):
         y = reference.labels_at(targets, block)
         squared, norms = _squared_distances(maps, block, about, scratch)
+        squared = reference.nearest_of_class(squared, anchors)
         first = squared.amin(dim=1, keepdim=True)
         sure = _is_precise(first, norms) | (y < 0)
         few -= int(sure.logical_not().count_nonzero())
@@ -129,6 +130,10 @@ def contrastive_losses_backward(
     temperature: float,
 ) -> Tensor:
     """See `reference.contrastive_losses_backward`."""
+    if anchors.dim() == 3:  # which anchor of a class is the nearest may be in doubt
+        return reference.contrastive_losses_backward(
+            grad_losses, distances, features, labels, anchors, temperature
+        )
     about, scratch = _about_mean(anchors), Scratch(features.device)
     nearest = distances.amin(dim=1).square_()
     # ‖x‖ is at most the distance to an anchor and the norm of that.
@@ -167,15 +172,16 @@ class _Anchors(NamedTuple):
     center: Tensor
     """(D, 1)"""
     points: Tensor
-    """(C, D), 0 where unseen"""
+    """(C·M, D), 0 where absent"""
     squares: Tensor
-    """(C, 1): squared norms, infinite where unseen"""
+    """(C·M, 1): squared norms, infinite where absent"""
     extent: float
     """The largest squared norm."""
 
 
 def _about_mean(anchors: Tensor) -> _Anchors:
-    """Anchors (C, D) about their mean, which is NaN if no class is seen."""
+    """Anchors (C, D) or (C, M, D) about their mean, which is NaN if no class is seen."""
+    anchors = anchors.flatten(0, -2)
     seen = anchors.isfinite().all(dim=1, keepdim=True)
     wide = torch.where(seen, anchors, 0.0).to(torch.float64)
     center = (wide.sum(dim=0) / seen.sum()).to(torch.float32)
@@ -195,8 +201,9 @@ def _nearest_in_float32(
     near, doubts = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
     # Of a difference of squared distances, in parts of ‖x‖² + ‖a‖²: what adding up rounds at most.
     rounding = (2 * features.shape[1] + 32) * 2.0**-24
-    for block in blocks(maps, torch.float32, anchors.shape[0]):
+    for block in blocks(maps, torch.float32, len(about.points)):
         squared, norms = _squared_distances(maps, block, about, scratch)
+        squared = reference.nearest_of_class(squared, anchors)
         winner, first, next_ = reference.two_least(squared)
         scale = norms + about.extent
         least = norms.mul_(_PART_OF_SCORES)

@@ -78,7 +78,7 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     blocks = nearest_blocks(len(points))
     with _current(features.device):
         _nearest_kernel[(n * triton.cdiv(per_image, blocks["BLOCK_PIXELS"]),)](
-            *(maps, points, squares, labels, nearest, second, len(points)),
+            *(maps, points, squares, labels, nearest, second, len(points), _of_class(anchors)),
             *(per_image, channels, *maps.stride()),
             **blocks,
         )
@@ -89,12 +89,13 @@ def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: st
     """See `reference.pixel_losses`."""
     (maps,) = _as_one_image(_maps(features))
     n, channels, per_image = maps.shape
-    points, _ = _points(anchors)
+    points, seen = _points(anchors)
     losses = torch.empty(labels.shape, dtype=torch.float32, device=features.device)
     with _current(features.device):
         _losses_kernel[(n * triton.cdiv(per_image, 64),)](
-            *(maps, _flat(labels), points, losses, per_image, channels, *maps.stride()),
+            *(maps, _flat(labels), points, seen, losses, per_image, channels, *maps.stride()),
             DISTANCE=_DISTANCES[distance],
+            OF_CLASS=_of_class(anchors),
             BLOCK_PIXELS=64,
             BLOCK_CHANNELS=32,
         )
@@ -113,13 +114,14 @@ def pixel_losses_backward(
     grad = torch.empty_like(features)
     maps, grad_maps = _as_one_image(_maps(features), _maps(grad))
     n, channels, per_image = maps.shape
-    points, _ = _points(anchors)
+    points, seen = _points(anchors)
     of_pixels = (grad_losses.reshape(-1).contiguous(), losses.reshape(-1).contiguous())
     with _current(features.device):
         _losses_backward_kernel[(n * triton.cdiv(per_image, 64),)](
-            *(*of_pixels, maps, _flat(labels), points, grad_maps),
+            *(*of_pixels, maps, _flat(labels), points, seen, grad_maps),
             *(per_image, channels, *maps.stride(), *grad_maps.stride()),
             DISTANCE=_DISTANCES[distance],
+            OF_CLASS=_of_class(anchors),
             BLOCK_PIXELS=64,
             BLOCK_CHANNELS=32,
         )
@@ -172,9 +174,15 @@ def _flat(labels: Tensor) -> Tensor:
 
 
 def _points(anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors (C, D) float32, 0 where unseen, and which are seen (C,)."""
+    """Anchors (C·M, D) float32, 0 where absent, and which are present (C·M,)."""
+    anchors = anchors.flatten(0, -2)
     seen = anchors.isfinite().all(dim=1)
     return torch.where(seen[:, None], anchors, 0.0).float().contiguous(), seen
+
+
+def _of_class(anchors: Tensor) -> int:
+    """M of anchors (C, D) or (C, M, D)."""
+    return anchors.shape[1] if anchors.dim() == 3 else 1
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -209,6 +217,7 @@ def _nearest_kernel(
     nearest,
     second,
     classes,
+    of_class,
     per_image,
     channels,
     stride_image,
@@ -271,8 +280,9 @@ def _nearest_kernel(
     distances = tl.sqrt_rn(distances)
     least = tl.min(distances, axis=1)
     # The first of equally near ones.
-    winner = tl.min(tl.where(distances == least[:, None], c[None, :], BLOCK_CLASSES), axis=1)
-    others = tl.where(c[None, :] == winner[:, None], float("inf"), distances)
+    label = c // of_class
+    winner = tl.min(tl.where(distances == least[:, None], label[None, :], BLOCK_CLASSES), axis=1)
+    others = tl.where(label[None, :] == winner[:, None], float("inf"), distances)
     winner = tl.where(least < float("inf"), winner, -1)
     index = image * per_image + pixel
     tl.store(labels + index, winner, mask=inside)
@@ -377,10 +387,59 @@ def _clean_kernel(
 
 
 @triton.jit
+def _own_anchor(
+    start,
+    y,
+    points,
+    present,
+    channels,
+    stride_channel,
+    DISTANCE: tl.constexpr,
+    OF_CLASS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Of the anchors of each label the row of the nearest, and the distance to it."""
+    active = y >= 0
+    first = tl.maximum(y, 0) * OF_CLASS
+    row = first
+    least = tl.full((BLOCK_PIXELS,), float("inf"), tl.float32)
+    for m in range(OF_CLASS):
+        of_elements = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+        own = points + (first + m) * channels
+        for first_channel in range(0, channels, BLOCK_CHANNELS):
+            d = first_channel + tl.arange(0, BLOCK_CHANNELS)
+            # An inactive pixel is not even read.
+            chosen = active[:, None] & (d < channels)[None, :]
+            at = start[:, None] + d.to(tl.int64)[None, :] * stride_channel
+            x = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
+            offset = x - tl.load(own[:, None] + d[None, :], mask=chosen, other=0.0)
+            if DISTANCE == 2:
+                size = tl.abs(offset)
+                bounded = tl.where(size > 1, 1.0, size)
+                of_elements += bounded * (size - bounded / 2)
+            else:
+                of_elements += offset * offset
+        total = tl.sum(of_elements, axis=1)
+        if DISTANCE == 0:
+            total = tl.sqrt_rn(total)
+        if DISTANCE == 2:
+            total = total / channels
+        if OF_CLASS > 1:
+            there = tl.load(present + first + m, mask=active, other=0)
+            total = tl.where(there != 0, total, float("inf"))
+        nearer = (total < least) | (total != total)  # a NaN, too
+        row = tl.where(nearer, first + m, row)
+        least = tl.where(nearer, total, least)
+    return row, least
+
+
+@triton.jit
 def _losses_kernel(
     features,
     labels,
     points,
+    present,
     losses,
     per_image,
     channels,
@@ -388,6 +447,7 @@ def _losses_kernel(
     stride_channel,
     stride_pixel,
     DISTANCE: tl.constexpr,
+    OF_CLASS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -396,28 +456,19 @@ def _losses_kernel(
     start = features + image * stride_image + pixel.to(tl.int64) * stride_pixel
     index = image * per_image + pixel
     y = tl.load(labels + index, mask=inside, other=-1)
-    active = y >= 0
-    own = points + tl.maximum(y, 0) * channels
-    of_elements = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
-    for first_channel in range(0, channels, BLOCK_CHANNELS):
-        d = first_channel + tl.arange(0, BLOCK_CHANNELS)
-        # An inactive pixel is not even read.
-        chosen = active[:, None] & (d < channels)[None, :]
-        at = start[:, None] + d.to(tl.int64)[None, :] * stride_channel
-        x = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
-        offset = x - tl.load(own[:, None] + d[None, :], mask=chosen, other=0.0)
-        if DISTANCE == 2:
-            size = tl.abs(offset)
-            bounded = tl.where(size > 1, 1.0, size)
-            of_elements += bounded * (size - bounded / 2)
-        else:
-            of_elements += offset * offset
-    total = tl.sum(of_elements, axis=1)
-    if DISTANCE == 0:
-        total = tl.sqrt_rn(total)
-    if DISTANCE == 2:
-        total = total / channels
-    tl.store(losses + index, total, mask=inside)
+    _, total = _own_anchor(
+        start,
+        y,
+        points,
+        present,
+        channels,
+        stride_channel,
+        DISTANCE,
+        OF_CLASS,
+        BLOCK_PIXELS,
+        BLOCK_CHANNELS,
+    )
+    tl.store(losses + index, tl.where(y >= 0, total, 0.0), mask=inside)
 
 
 @triton.jit
@@ -427,6 +478,7 @@ def _losses_backward_kernel(
     features,
     labels,
     points,
+    present,
     grad,
     per_image,
     channels,
@@ -437,6 +489,7 @@ def _losses_backward_kernel(
     grad_stride_channel,
     grad_stride_pixel,
     DISTANCE: tl.constexpr,
+    OF_CLASS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -447,7 +500,21 @@ def _losses_backward_kernel(
     index = image * per_image + pixel
     y = tl.load(labels + index, mask=inside, other=-1)
     active = y >= 0
-    own = points + tl.maximum(y, 0) * channels
+    row = tl.maximum(y, 0)
+    if OF_CLASS > 1:
+        row, _ = _own_anchor(
+            start,
+            y,
+            points,
+            present,
+            channels,
+            stride_channel,
+            DISTANCE,
+            OF_CLASS,
+            BLOCK_PIXELS,
+            BLOCK_CHANNELS,
+        )
+    own = points + row * channels
     scale = tl.load(grad_losses + index, mask=active, other=0.0)
     if DISTANCE == 0:
         norm = tl.load(losses + index, mask=active, other=0.0)

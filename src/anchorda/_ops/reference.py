@@ -6,9 +6,11 @@ it loses half its digits where a feature lies near an anchor, which float32 (let
 afford and float64 can. Differences ``x − a`` lose nothing and stay in float32. Results leave in
 float32, or in float64 where the input was float64.
 
-Shapes follow the library's contract: features ``(N, D, *)``, label maps ``(N, *)``. An anchor row
-that is not finite belongs to an unseen class. Nothing here is differentiable by itself, the
-gradients are operators of their own; and nothing looks at a value, for which the host would wait.
+Shapes follow the library's contract: features ``(N, D, *)``, label maps ``(N, *)``, anchors
+``(C, D)`` or ``(C, M, D)``. A row of anchors that is not finite is absent; a class whose rows are
+all absent is unseen. Of several anchors of a class the nearest counts. Nothing here is
+differentiable by itself, the gradients are operators of their own; and nothing looks at a value,
+for which the host would wait.
 """
 
 import math
@@ -78,9 +80,11 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
     maps, scratch = matrices(features), Scratch(features.device)
     shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
     distances = torch.empty(shape, dtype=result_dtype(features), device=features.device)
-    for block in blocks(maps, points.dtype, anchors.shape[0]):
+    unseen = nearest_of_class((squares == math.inf).to(points.dtype)[None], anchors) == 1
+    for block in blocks(maps, points.dtype, len(points)):
         of_tiles = _block_distances(maps, block, points, squares, scratch)
-        put(matrices(distances), block, of_tiles.masked_fill_(squares == math.inf, math.inf))
+        of_tiles = nearest_of_class(of_tiles, anchors)
+        put(matrices(distances), block, of_tiles.masked_fill_(unseen, math.inf))
     return distances
 
 
@@ -88,12 +92,15 @@ def anchor_distances_backward(
     grad_distances: Tensor, distances: Tensor, features: Tensor, anchors: Tensor
 ) -> Tensor:
     """Sum over the classes of ``grad · (x − a) / ‖x − a‖``, 0 where x = a."""
-    points, _ = _points(anchors, _wide_dtype(features))
+    points, squares = _points(anchors, _wide_dtype(features))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     of_distances, distances = matrices(grad_distances), matrices(distances)
-    for block in blocks(maps, points.dtype, 4 * anchors.shape[0], one_tile=not has_rows(maps)):
+    for block in blocks(maps, points.dtype, 4 * len(points), one_tile=not has_rows(maps)):
         d = get(distances, block).to(points.dtype)
         g = get(of_distances, block).to(points.dtype)
+        if anchors.dim() == 3:
+            d = _block_distances(maps, block, points, squares, scratch)
+            g = _to_nearest_of_class(g, d, anchors)
         x = take(maps, block, points.dtype, scratch)
         put(matrices(grad), block, distance_gradient(x, points, g, d))
     return grad
@@ -109,8 +116,9 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     points, squares = _points(anchors, _wide_dtype(features))
     maps, scratch = matrices(features), Scratch(features.device)
     labels, nearest, second = new_nearest(features)
-    for block in blocks(maps, points.dtype, anchors.shape[0]):
+    for block in blocks(maps, points.dtype, len(points)):
         distances = _block_distances(maps, block, points, squares, scratch)
+        distances = nearest_of_class(distances, anchors)
         # Anchors in one place may differ in the last bit of the product, but not after rounding.
         candidates = scratch("candidates", nearest.dtype, *distances.shape).copy_(distances)
         for result, tiles in zip((labels, nearest, second), two_least(candidates), strict=True):
@@ -122,21 +130,13 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
-    """The distance (N, *) of each pixel to the anchor of its label, 0 for negative labels."""
-    points, _ = _points(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
+    """The distance (N, *) of each pixel to the nearest anchor of its label, 0 if it is negative."""
+    points, squares = _points(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
     maps, targets, scratch = matrices(features), scalars(labels), Scratch(features.device)
     losses = torch.empty(labels.shape, dtype=result_dtype(features), device=features.device)
     for block in blocks(maps, points.dtype):
         y = labels_at(targets, block)
-        offsets = _offsets(maps, block, points, y, scratch)
-        if distance == "smooth_l1":
-            size = offsets.abs_()
-            bounded = size.clamp(max=1)
-            total = (size - bounded / 2).mul_(bounded).sum(dim=1, keepdim=True) / maps.shape[1]
-        else:
-            total = offsets.mul_(offsets).sum(dim=1, keepdim=True)
-        if distance == "euclidean":
-            total.sqrt_()
+        _, total = _own_anchor(maps, block, anchors, points, squares, y, distance, scratch)
         put(scalars(losses), block, torch.where(y >= 0, total, 0.0))
     return losses
 
@@ -150,11 +150,14 @@ def pixel_losses_backward(
     distance: str,
 ) -> Tensor:
     """The gradient of `pixel_losses`; the Euclidean one is 0 where x = a."""
-    points, _ = _points(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
+    points, squares = _points(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     of_losses, losses, targets = scalars(grad_losses), scalars(losses), scalars(labels)
     for block in blocks(maps, points.dtype, one_tile=True):
         y, scale = labels_at(targets, block), get(of_losses, block)
+        row = y
+        if anchors.dim() == 3:
+            row, _ = _own_anchor(maps, block, anchors, points, squares, y, distance, scratch)
         if distance == "euclidean":
             norms = get(losses, block)
             scale = scale / torch.where(norms == 0, 1.0, norms)
@@ -162,7 +165,7 @@ def pixel_losses_backward(
             scale = 2 * scale
         else:
             scale = scale / maps.shape[1]
-        slopes = _offsets(maps, block, points, y, scratch)
+        slopes = _offsets(maps, block, points, row, scratch)
         if distance == "smooth_l1":
             slopes.clamp_(-1, 1)
         put(matrices(grad), block, kept(slopes.mul_(scale), y >= 0))
@@ -182,8 +185,9 @@ def contrastive_losses(
     shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
     distances = torch.empty(shape, dtype=result_dtype(features), device=features.device)
     losses = distances.new_empty(labels.shape)
-    for block in blocks(maps, points.dtype, anchors.shape[0]):
+    for block in blocks(maps, points.dtype, len(points)):
         of_tiles = _block_distances(maps, block, points, squares, scratch)
+        of_tiles = nearest_of_class(of_tiles, anchors)
         put(matrices(distances), block, of_tiles)
         y = labels_at(targets, block)
         put(scalars(losses), block, cross_entropy(of_tiles, y, temperature))
@@ -199,13 +203,16 @@ def contrastive_losses_backward(
     temperature: float,
 ) -> Tensor:
     """The gradient of `contrastive_losses`, ``(1[k = y] − softmax) / temperature`` by distance."""
-    points, _ = _points(anchors, _wide_dtype(features))
+    points, squares = _points(anchors, _wide_dtype(features))
     grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
     distances, targets, of_losses = matrices(distances), scalars(labels), scalars(grad_losses)
-    for block in blocks(maps, points.dtype, 4 * anchors.shape[0], one_tile=not has_rows(maps)):
+    for block in blocks(maps, points.dtype, 4 * len(points), one_tile=not has_rows(maps)):
         d, y = get(distances, block).to(points.dtype), labels_at(targets, block)
         share = softmax_gradient(d, y.clamp(min=0), temperature)
         g = kept(share.mul_(get(of_losses, block) / -temperature), y >= 0)
+        if anchors.dim() == 3:
+            d = _block_distances(maps, block, points, squares, scratch)
+            g = _to_nearest_of_class(g, d, anchors)
         x = take(maps, block, points.dtype, scratch)
         put(matrices(grad), block, distance_gradient(x, points, g, d))
     return grad
@@ -238,6 +245,13 @@ def two_least(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     winner = num_classes - rank.to(torch.int64)
     candidates.scatter_(1, winner.clamp(max=num_classes - 1), math.inf)
     return winner, least, candidates.amin(dim=1, keepdim=True)
+
+
+def nearest_of_class(distances: Tensor, anchors: Tensor) -> Tensor:
+    """Of tiles (T, C·M, p) the least of each class (T, C, p): themselves if M = 1."""
+    if anchors.dim() == 2:
+        return distances
+    return distances.view(len(distances), *anchors.shape[:2], distances.shape[2]).amin(dim=2)
 
 
 def cross_entropy(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
@@ -293,10 +307,52 @@ def _wide_dtype(features: Tensor) -> torch.dtype:
 
 
 def _points(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Anchors (C, D), 0 where unseen, and their squared norms (C, 1), infinite where unseen."""
-    seen = anchors.isfinite().all(dim=1, keepdim=True)
-    points = torch.where(seen, anchors, 0.0).to(dtype)
-    return points, torch.where(seen, points.square().sum(dim=1, keepdim=True), math.inf)
+    """Anchors (C·M, D), 0 where absent, and their squared norms (C·M, 1), infinite where absent."""
+    rows = anchors.flatten(0, -2)
+    present = rows.isfinite().all(dim=1, keepdim=True)
+    points = torch.where(present, rows, 0.0).to(dtype)
+    return points, torch.where(present, points.square().sum(dim=1, keepdim=True), math.inf)
+
+
+def _to_nearest_of_class(grad: Tensor, distances: Tensor, anchors: Tensor) -> Tensor:
+    """Gradients (T, C, p) as those of all anchors (T, C·M, p): of each class its first nearest."""
+    of_class = distances.unflatten(1, anchors.shape[:2])
+    nearest = of_class.argmin(dim=2, keepdim=True)
+    grads = torch.zeros_like(of_class).scatter_(2, nearest, grad.unsqueeze(2))
+    return grads.flatten(1, 2)
+
+
+def _own_anchor(
+    maps: Tensor,
+    block: Block,
+    anchors: Tensor,
+    points: Tensor,
+    squares: Tensor,
+    y: Tensor,
+    distance: str,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor]:
+    """Of the anchors of each label the row (T, 1, p) of the nearest, and the distance to it."""
+    of_class = anchors.shape[1] if anchors.dim() == 3 else 1
+    first = y.clamp(min=0) * of_class
+    row, least = first, torch.empty(0)
+    for m in range(of_class):
+        offsets = _offsets(maps, block, points, first + m, scratch)
+        if distance == "smooth_l1":
+            size = offsets.abs_()
+            bounded = size.clamp(max=1)
+            total = (size - bounded / 2).mul_(bounded).sum(dim=1, keepdim=True) / maps.shape[1]
+        else:
+            total = offsets.mul_(offsets).sum(dim=1, keepdim=True)
+        if distance == "euclidean":
+            total.sqrt_()
+        if of_class > 1:
+            total.masked_fill_((squares == math.inf).flatten()[first + m], math.inf)
+        if m > 0:
+            nearer = ~(total >= least)  # a NaN, too
+            row, total = torch.where(nearer, first + m, row), torch.where(nearer, total, least)
+        least = total
+    return row, least
 
 
 def _finite(maps: Tensor, block: Block, scratch: Scratch) -> Tensor:
