@@ -108,7 +108,7 @@ def read_classes(path: Path) -> Classes:
     """Read own classes: a text file with one class a line, `name` or `name: id, id`.
 
     The ids are the numbers in the label files that the class covers. A class without ids has the
-    number of its line, from 0.
+    number of its line, from 0; empty lines count too.
 
     Raises:
         ValueError: If the file is not such a list; the message names the line.
@@ -117,7 +117,7 @@ def read_classes(path: Path) -> Classes:
         lines = path.read_text("utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable text file ({error}).") from error
-    parsed = [_parse_class(path, number, line) for number, line in enumerate(lines)]
+    parsed = [_parse_class(path, k, line) for k, line in enumerate(lines) if line.strip()]
     if not 2 <= len(parsed) < _UNKNOWN:
         raise ValueError(
             f"{path}: expected 2 to {_UNKNOWN - 1} classes, one a line, but got {len(parsed)}."

@@ -94,16 +94,23 @@ def read_rgb(path: Path) -> Image.Image:
 
 
 def read_gray_ids(path: Path) -> NDArray[np.integer]:
-    """Read the numbers (H, W) that a gray, paletted or bilevel image stores.
+    """Read the numbers (H, W) that an image of one channel stores, or of three equal ones.
 
     Raises:
-        DatasetError: If the file is not readable.
+        DatasetError: If the file is not readable, or in color.
     """
     with _opened(path) as image:
         args = image.tile[0].args if image.tile else None
         raw_mode = args[0] if isinstance(args, tuple) else args
         image.load()
         ids = np.asarray(image)
+        if ids.ndim == 3:
+            if not (ids == ids[..., :1]).all():
+                raise DatasetError(
+                    f"{path}: expected one channel of ids, but got colors. Save the class id of "
+                    "each pixel, in a PNG of one channel."
+                )
+            ids = ids[..., 0]
         if ids.dtype == np.bool_:
             return ids.astype(np.uint8)
         return ids // np.uint8(_SCALED_GRAY[raw_mode]) if raw_mode in _SCALED_GRAY else ids

@@ -93,7 +93,7 @@ def _gray(classes: Classes) -> _LabelFormat:
         return _RAW
     return _LabelFormat(
         classes.label_ids(),
-        ("1", "L", "P", "I;16", "I"),
+        ("1", "L", "P", "I;16", "I", "RGB"),
         "a grayscale, paletted or bilevel image of class ids",
         "Save the class id of each pixel, in a PNG of one channel; list the ids in --classes.",
     )
@@ -114,6 +114,8 @@ def _check_mode(path: Path, header: Header, label_format: _LabelFormat) -> None:
             f"{path}: expected {label_format.expected}, but got a JPEG, whose compression changes "
             "ids. Save labels as PNG."
         )
+    if header.mode == "RGB" and header.mode in label_format.modes:
+        read_gray_ids(path)  # which may be color
     if header.mode not in label_format.modes:
         looks = _LOOKS_LIKE.get(header.mode)
         raise DatasetError(
@@ -217,10 +219,10 @@ class Target(NamedTuple):
 
 
 def folder_target(root: Path, classes: Classes, *, skip_bad: bool = False) -> Target:
-    """List and check `root/images`, and hold out images with a label in `root/labels`.
+    """List and check `root/images`, and hold out those with a label in `root/labels`.
 
-    Every second of the images that have a label is for evaluation, and is not trained on. The
-    folder of labels may be missing.
+    Images with a label are for evaluation and never trained on; if all have one, every third is.
+    The folder of labels may be missing.
 
     Raises:
         DatasetError: If the folder is missing, or files cannot be used; it names all of them.
@@ -230,13 +232,15 @@ def folder_target(root: Path, classes: Classes, *, skip_bad: bool = False) -> Ta
         return Target(paths, [])
     labels, faults = _Part(root / "labels").files()
     labeled = [path for path in paths if path.stem in labels]
-    held_out = {path.stem: path for path in labeled[1::2]}
-    if not held_out:
+    if len(labeled) == len(paths) > 1:
+        labeled = labeled[::3]
+    if not 0 < len(labeled) < len(paths):
         raise DatasetError(
-            f"{root / 'labels'} holds labels of {len(labeled)} images in {root / 'images'}, of "
-            "which every second is for evaluation. Name at least two labels as their images, or "
-            "remove the folder of labels."
+            f"{root / 'labels'} has labels of {len(labeled)} of the {len(paths)} images in "
+            f"{root / 'images'}: expected some to evaluate on, and others to train on. Give labels "
+            "the names of their images, or remove the folder of labels."
         )
+    held_out = {path.stem: path for path in labeled}
     faults = {name: fault for name, fault in faults.items() if name in held_out}
     pairs = _check_pairs(held_out, labels, _gray(classes), faults, skip_bad)
     return Target([path for path in paths if path.stem not in held_out], pairs)

@@ -573,19 +573,20 @@ def own(gta5: Path) -> Path:
 MASK = Classes(("rest", "thing"), ((1, 1, 1), (2, 2, 2)), ((0,), (255,)))
 
 
-def test_a_target_holds_out_every_second_labeled_image(own: Path) -> None:
-    target = folder_target(own, MASK)
-    assert [path.stem for path in target.images] == ["scene 0", "scene 2", "scene 4"]
-    assert [pair.label.name for pair in target.evaluation] == ["scene 1.png", "scene 3.png"]
-    _, labels = LabeledImages(target.evaluation, WHOLE, MASK)[0]
+def test_a_target_holds_out_labeled_images(own: Path) -> None:
+    target = folder_target(own, MASK)  # of all labeled ones, every third
+    assert [path.stem for path in target.images] == ["scene 1", "scene 2", "scene 4"]
+    assert [pair.label.name for pair in target.evaluation] == ["scene 0.png", "scene 3.png"]
+    _, labels = LabeledImages(target.evaluation, WHOLE, MASK)[1]
     assert labels.eq(1).all()
     (own / "labels" / "scene 1.png").unlink()
     target = folder_target(own, MASK)
-    assert [path.stem for path in target.images] == ["scene 0", "scene 1", "scene 3"]
+    assert [path.stem for path in target.images] == ["scene 1"]
+    assert len(target.evaluation) == 4
 
 
 def test_a_target_needs_no_labels_and_those_to_train_on_are_never_opened(own: Path) -> None:
-    for index in (0, 2, 4):
+    for index in (1, 2, 4):
         (own / "labels" / f"scene {index}.png").write_bytes(b"corrupt")
     assert len(folder_target(own, MASK).evaluation) == 2
     shutil.rmtree(own / "labels")
@@ -598,8 +599,20 @@ def test_labels_of_a_target_by_other_names(own: Path) -> None:
     for label in (own / "labels").iterdir():
         label.rename(label.with_stem(f"{label.stem} mask"))
     message = _message(lambda: folder_target(own, MASK))
-    assert "holds labels of 0 images" in message
+    assert "has labels of 0 of the 5 images" in message
     assert "remove the folder of labels" in message
+
+
+def test_own_gray_labels_of_three_channels(own: Path) -> None:
+    for index, label in enumerate(sorted((own / "labels").iterdir())):
+        gray = _load(label)
+        _save(label, np.stack([gray] * 3, -1))
+        assert read_labels(label, MASK).eq(index % 2).all()
+    pixels = np.stack([gray] * 3, -1)
+    pixels[3, 4, 0] = 7
+    _save(label, pixels)
+    message = _message(lambda: gta5_pairs(own, MASK))
+    assert f"{label}: expected one channel of ids, but got colors" in message
 
 
 # ---- reading ------------------------------------------------------------------------------------
