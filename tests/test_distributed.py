@@ -6,10 +6,12 @@ runs `rank_main`, which does everything below once and saves a report, and the t
 
 import copy
 import inspect
+import pickle
 import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,38 @@ def message_of(call: Callable[[], None]) -> str:
     return "no error"
 
 
-def rank_main(rank: int, world: int, folder: Path) -> None:
+def passed_states() -> dict[str, list[CategoryAnchors | Counting]]:
+    """One of each kind, empty and filled, for a process to be started with."""
+    batches = [batch_of(0, 2, 90)]
+    return {
+        "empty": [CategoryAnchors(5, 3), *(kind(5) for kind in COUNTING)],
+        "filled": [accumulated(batches), *(counted(kind, batches) for kind in COUNTING)],
+    }
+
+
+def _report_passed(
+    report: Report, rank: int, world: int, passed: dict[str, list[CategoryAnchors | Counting]]
+) -> None:
+    batches = [batch_of(rank, world, 91)]
+    for state, filled in zip(passed["empty"], passed["filled"], strict=True):
+        kind = type(state)
+        assert not any(buffer.is_shared() for buffer in (*state.buffers(), *filled.buffers()))
+        if isinstance(state, CategoryAnchors):
+            state.update(*batches[0])
+        else:
+            state.counts += counted(type(state), batches).counts
+        all_reduce(state)
+        report[f"passed {kind.__name__}"] = state.counts.clone()
+        report[f"passed filled {kind.__name__}"] = filled.counts.clone()
+        report[f"refused {kind.__name__}"] = message_of(lambda filled=filled: all_reduce(filled))  # type: ignore[misc]
+        filled.reset()
+        all_reduce(filled)
+        assert not filled.counts.any()
+
+
+def rank_main(
+    rank: int, world: int, folder: Path, passed: dict[str, list[CategoryAnchors | Counting]]
+) -> None:
     """Everything that needs a group, on one rank."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -153,6 +186,7 @@ def rank_main(rank: int, world: int, folder: Path) -> None:
     for name, call in disagreeing(odd=rank == 1).items():
         report[f"disagreeing {name}"] = message_of(call)
     report["wrong kind"] = message_of(lambda: all_reduce(nn.Linear(1, 1)))  # type: ignore[arg-type]
+    _report_passed(report, rank, world, passed)
     _report_subgroup(report, rank, world)
     if world == 2:
         _report_parallel(report, rank)
@@ -263,7 +297,7 @@ def reports(
 ) -> list[Report]:
     """What each rank has reported."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    context = spawn(rank_main, (world, folder), world, join=False)
+    context = spawn(rank_main, (world, folder, passed_states()), world, join=False)
     deadline = time.monotonic() + SECONDS
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
@@ -296,6 +330,35 @@ def test_every_rank_has_the_same_bits(reports: list[Report]) -> None:
             assert other[name].dtype == reports[0][name].dtype
             bits = (report[name].contiguous().view(torch.uint8) for report in (reports[0], other))
             assert torch.equal(*bits), name
+
+
+def test_what_a_process_is_started_with_is_its_own(reports: list[Report]) -> None:
+    world = len(reports)
+    filled = [
+        accumulated([batch_of(0, 2, 90)]),
+        *(counted(k, [batch_of(0, 2, 90)]) for k in COUNTING),
+    ]
+    for state in filled:
+        name, expected = type(state).__name__, type(state)
+        batches = [batch_of(rank, world, 91) for rank in range(world)]
+        whole_ = accumulated(batches) if expected is CategoryAnchors else counted(expected, batches)
+        for report in reports:
+            assert torch.equal(report[f"passed {name}"], whole_.counts)
+            assert torch.equal(report[f"passed filled {name}"], state.counts)
+            assert "passed to the process with counts in it" in report[f"refused {name}"]
+
+
+def test_accumulators_share_no_memory() -> None:
+    for state in passed_states()["filled"]:
+        state.share_memory()
+        queue = pickle.loads(bytes(ForkingPickler.dumps(state)))
+        whole_file = pickle.loads(pickle.dumps(state))
+        for copied in (state, queue, whole_file, copy.deepcopy(state)):
+            assert not any(buffer.is_shared() for buffer in copied.buffers()) or copied is state
+            assert torch.equal(copied.counts, state.counts)
+            assert not copied.passed_with_counts
+        queue.counts.zero_()
+        assert state.counts.any()
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -2,8 +2,11 @@
 
 import copy
 import math
-from collections.abc import Iterator
+import pickle
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,29 +140,177 @@ def test_every_pixel_is_labeled_until_minimums_are_set(stage: StageLabeler) -> N
         assert (pseudo.labels < NUM_CLASSES).all()
 
 
-def test_nothing_that_happens_later_changes_the_labels(
-    network: Network, source: Batches, stage: StageLabeler
+class Parent(nn.Module):
+    """A module of a user's own that holds a network in training and its stage."""
+
+    def __init__(self, network: nn.Module, stage: StageLabeler) -> None:
+        super().__init__()
+        self.network = network
+        self.stage = stage
+
+    def forward(self, images: Tensor) -> Tensor:  # noqa: D102
+        self.stage(images)
+        features: Tensor = self.network(images)[0]
+        return features
+
+
+def set_training(module: nn.Module) -> None:
+    module.train()
+
+
+def reset(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+        module.reset_parameters()
+
+
+def train_one_by_one(parent: Parent) -> None:
+    for module in parent.modules():
+        module.train()
+
+
+def update_statistics(parent: Parent) -> None:
+    torch.optim.swa_utils.update_bn([images for images, _ in draw_source()], parent)
+
+
+def decay_weights(parent: Parent) -> None:
+    """An optimizer over all parameters, also of those without a gradient of their own."""
+    optimizer = torch.optim.SGD(parent.parameters(), lr=1.0, weight_decay=0.5)
+    for parameter in parent.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def zero_all(parent: Parent) -> None:
+    with torch.no_grad():
+        for tensor in (*parent.network.parameters(), *parent.parameters()):
+            tensor.zero_()
+
+
+def train_network_of(parent: Parent) -> None:
+    parent.stage.network.train()
+
+
+def average_weights(parent: Parent) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(parent, use_buffers=True)
+    zero_all(parent)
+    averaged.update_parameters(parent)
+    parent.stage = averaged.module.get_submodule("stage")  # type: ignore[assignment]
+
+
+THAWING: list[Callable[[Parent], object]] = [
+    Parent.train,
+    train_one_by_one,
+    lambda parent: parent.apply(set_training),
+    lambda parent: [child.train() for child in parent.stage.children()],
+    lambda parent: [module.train() for _, module in parent.named_modules(remove_duplicate=False)],
+    update_statistics,
+    lambda parent: parent.requires_grad_(True),
+    decay_weights,
+    zero_all,
+    lambda parent: parent.apply(reset),
+    average_weights,
+    lambda parent: nn.SyncBatchNorm.convert_sync_batchnorm(parent),
+    train_network_of,
+]
+
+
+@pytest.mark.parametrize("thaw", THAWING)
+def test_no_parent_thaws_the_network(
+    thaw: Callable[[Parent], object], network: Network, stage: StageLabeler
 ) -> None:
     images = torch.randn(2, 3, 8, 6)
     before, state = stage(images), bits(stage)
-    parent = nn.ModuleDict({"network": network, "stage": stage}).train()
-    optimizer = torch.optim.SGD([p for p in parent.parameters() if p.requires_grad], lr=1.0)
-    for batch, _ in source:
-        network(batch)[1].square().mean().backward()
+    parent = Parent(network, stage)
+    thaw(parent)
+    for _ in range(2):  # Dropout differs, and statistics change, from one call to the next.
+        after = parent.stage(images)
+        assert torch.equal(after.by_anchor.scores, before.by_anchor.scores)
+        assert torch.equal(after.by_probability.scores, before.by_probability.scores)
+    assert_equal(bits(parent.stage), state)
+    frozen = parent.stage.network
+    assert not any(module.training for module in frozen.modules())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+
+
+def test_the_network_stays_when_the_original_is_trained(
+    network: Network, source: Batches, stage: StageLabeler
+) -> None:
+    state = bits(stage)
+    optimizer = torch.optim.SGD(Parent(network, stage).parameters(), lr=1.0)
+    for images, _ in source:
+        network(images)[1].square().mean().backward()
         optimizer.step()
-    after = stage(images)
-    assert torch.equal(after.by_anchor.scores, before.by_anchor.scores)
-    assert torch.equal(after.by_probability.scores, before.by_probability.scores)
     assert_equal(bits(stage), state)
-    assert stage.training
-    assert not any(module.training for module in stage.network.modules())
 
 
-def test_no_gradients(stage: StageLabeler) -> None:
-    assert not any(parameter.requires_grad for parameter in stage.parameters())
-    for result in (stage(torch.randn(1, 3, 8, 6, requires_grad=True)).by_probability, stage(
-        torch.randn(1, 3, 8, 6, requires_grad=True)).by_anchor):  # fmt: skip
-        assert not result.scores.requires_grad
+def halved(parent: Parent) -> Parent:
+    return parent.double()
+
+
+def reloaded(parent: Parent) -> Parent:
+    other = Parent(draw_network(), StageLabeler(draw_network(), torch.zeros(NUM_CLASSES, DIM)))
+    other.load_state_dict(parent.state_dict())
+    return other
+
+
+def unpickled(parent: Parent) -> Parent:
+    copied: Parent = pickle.loads(pickle.dumps(parent))
+    return copied
+
+
+@pytest.mark.parametrize(
+    "move", [copy.deepcopy, unpickled, reloaded, halved, Parent.share_memory, Parent.cpu]
+)
+def test_the_network_goes_where_its_parent_goes(
+    move: Callable[[Parent], Parent], network: Network, stage: StageLabeler
+) -> None:
+    images = torch.randn(2, 3, 8, 6)
+    expected = stage(images).by_probability
+    moved = move(Parent(network, stage))
+    weight = moved.stage.network.get_parameter("classifier.weight")
+    labels, scores = moved.stage(images.to(weight.dtype)).by_probability
+    assert torch.equal(labels, expected.labels)
+    torch.testing.assert_close(scores, expected.scores)
+    assert weight.dtype == moved.network.get_parameter("classifier.weight").dtype
+    assert weight.is_shared() == (move == Parent.share_memory)
+    assert not any(parameter.requires_grad for parameter in moved.stage.network.parameters())
+
+
+class Remembering(Network):
+    """Stores what it computes, as networks do whose features somebody needs."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        features, logits = super().forward(images)
+        self.last = {"features": [features], "again": features}
+        return features, logits
+
+
+# Deprecated in favor of a parametrization, and still what many networks have.
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_networks_that_hold_a_part_of_a_graph_are_copied(source: Batches) -> None:
+    remembering, normed = Remembering(), draw_network()
+    torch.nn.utils.weight_norm(normed.classifier)
+    torch.nn.utils.spectral_norm(normed.layers[0])
+    for network in (remembering, normed):
+        network(source[0][0])
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(network)
+        stage = StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
+        network.eval()
+        with torch.no_grad():
+            features, logits = network(source[0][0])
+        labels = stage(source[0][0])
+        assert torch.equal(labels.by_probability.scores, logits.softmax(1).amax(1))
+        assert torch.equal(
+            labels.by_anchor.labels, AnchorPseudoLabeler()(features, stage.centroids).labels
+        )
+
+
+def test_a_network_that_cannot_be_copied_is_named(network: Network) -> None:
+    network.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"StageLabeler freezes a copy, but got Network, .*lock"):
+        StageLabeler(network, torch.zeros(NUM_CLASSES, DIM))
 
 
 def test_labelers_are_copies(network: Network, stage: StageLabeler) -> None:
@@ -303,8 +454,72 @@ def test_margins_out_of_reach_are_warned_of(network: Network, stage: StageLabele
     StageLabeler(network, stage.centroids, by_anchor=AnchorPseudoLabeler(1.0, relative=True))
 
 
-def test_a_source_without_a_right_pixel_is_an_error(network: Network) -> None:
-    ignored = (torch.randn(1, 3, 8, 6), torch.full((1, 8, 6), 255))
-    for source in ([], [ignored]):
-        with pytest.raises(ValueError, match="of no class was a single pixel classified right"):
-            StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "at least one batch, but got none"),
+        (
+            torch.full((1, 8, 6), 255),
+            "labels in .0, 3., but got none in 1 batches: all are ignored",
+        ),
+        (torch.full((1, 8, 6), 7, dtype=torch.uint8), "Map the ids of the label files"),
+        (torch.zeros(1, 8, 6, dtype=torch.int64), "classifies right, but got none among 12"),
+    ],
+)
+def test_a_source_that_gives_no_anchor_is_an_error(labels: Tensor | None, message: str) -> None:
+    class Wrong(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            features = torch.zeros(1, DIM, 4, 3)
+            return features, torch.tensor([0.0, 1.0, 0.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 3)
+
+    source = iter([] if labels is None else [(torch.randn(1, 3, 8, 6), labels)])
+    with pytest.raises(ValueError, match=message):
+        StageLabeler.from_source(Wrong(), source, CategoryAnchors(NUM_CLASSES, DIM))
+
+
+LABELS = torch.zeros(2, 16, 12, dtype=torch.int64)
+IMAGES = torch.zeros(2, 3, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": IMAGES, "label": LABELS}, r"but got a dict with 'image', 'label'. Pass"),
+        ((IMAGES, LABELS, [8, 6], ["a"]), "tuple of Tensor, Tensor, list, list. Pass .*, \\*_ in"),
+        ((IMAGES,), "but got a tuple of Tensor"),
+        (IMAGES, r"but got a Tensor of shape \(2, 3, 8, 6\)"),
+        ((IMAGES, LABELS.numpy()), r"got numpy.ndarray. Convert it with torch.from_numpy\(labels"),
+        ((IMAGES, LABELS[:, None]), r"labels.squeeze\(1\)"),
+        ((IMAGES, LABELS[..., None]), r"labels.squeeze\(-1\)"),
+        (([IMAGES], LABELS), "images that are moved to a device .*, but got a list of Tensor"),
+        (None, "iterable of pairs"),
+    ],
+)
+def test_batches_of_other_codes_are_named(network: Network, batch: object, message: str) -> None:
+    batches: Any = [batch] if batch is not None else 3
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    with pytest.raises((TypeError, ValueError), match=message):
+        StageLabeler.from_source(network, batches, anchors)
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        (lambda features, logits: {"out": logits, "aux": logits}, "a dict with 'out', 'aux'. Pass"),
+        (lambda features, logits: logits, r"a Tensor of shape \(2, 3, 4, 3\). Pass `extract`"),
+        (lambda features, logits: ([features], logits), "a tuple of list, Tensor"),
+        (lambda features, logits: (features, logits, logits), "a tuple of Tensor, Tensor, Tensor"),
+        (lambda features, logits: None, "a NoneType"),
+        (lambda features, logits: (logits, features), "first the features, then the logits"),
+        (lambda features, logits: (features, logits[:, :1]), "make|at least two classes"),
+        (lambda features, logits: (features.long(), logits), r"features.float\(\)"),
+    ],
+)
+def test_outputs_of_other_networks_are_named(
+    network: Network, stage: StageLabeler, select: Callable[[Tensor, Tensor], Any], message: str
+) -> None:
+    other = StageLabeler(
+        network, stage.centroids, extract=lambda module, images: select(*module(images))
+    )
+    with pytest.raises((TypeError, ValueError), match=message):
+        other(IMAGES)

@@ -10,7 +10,7 @@ those makes the host wait for the GPU. A number that is passed as a tensor is th
 """
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypeGuard, cast
 
 import numpy as np
@@ -420,6 +420,24 @@ def described(value: object) -> str:
         return f"an int of {value.bit_length()} bits"
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:40]}… ({type_of(value)})"
+
+
+def structure_of(value: object) -> str:
+    """Name the type of a value and, of a collection, its keys or the types of its entries."""
+    kind = type_of(value)
+    if isinstance(value, Tensor):
+        return f"{kind} of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        entries = ", ".join(described(key) for key in value)
+        return f"{kind} with {entries}" if entries else f"{kind} without keys"
+    if isinstance(value, (tuple, list)):
+        entries = ", ".join(type_of(item) for item in value[:8])
+        return (
+            f"{kind} of {entries}{', …' if len(value) > 8 else ''}"
+            if entries
+            else f"{kind} of nothing"
+        )
+    return kind
 
 
 def type_of(value: object) -> str:

@@ -30,7 +30,7 @@ from ._checks import (
     check_sums,
 )
 from ._ops.reference import has_float64
-from ._state import move_buffers
+from ._state import move_buffers, receive_state, sent_state
 
 
 class ClassSums(NamedTuple):
@@ -300,6 +300,8 @@ class CategoryAnchors(nn.Module):
     """(C, D) float64: the anchors, 0 where a class is unseen. Read them through `compute`."""
     counts: Tensor
     """(C,) int64: what each anchor averages; capped by ``max_count``."""
+    passed_with_counts: bool = False
+    """True in a process that was started with this accumulator, already filled, as an argument."""
 
     def __init__(
         self,
@@ -445,6 +447,7 @@ class CategoryAnchors(nn.Module):
         """Forget everything."""
         self.means.zero_()
         self.counts.zero_()
+        self.passed_with_counts = False
 
     def compute(self) -> Tensor:
         """The anchors (C, D) in float32, NaN in the rows of unseen classes."""
@@ -469,6 +472,14 @@ class CategoryAnchors(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         move_buffers(self, fn)
         return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """The attributes, by value where a new process is started with them."""
+        return sent_state(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore the attributes, in memory that no other process shares."""
+        receive_state(self, state)
 
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""

@@ -34,7 +34,7 @@ from ._checks import (
     check_scores,
 )
 from ._ops.reference import has_float64
-from ._state import move_buffers
+from ._state import move_buffers, receive_state, sent_state
 from .pseudo_labels import anchor_distances
 
 _BINS_PER_OCTAVE = 64
@@ -96,6 +96,8 @@ class ScoreCalibrator(nn.Module):
     """(3, C, B) int64: pixels of each class by bin, with the label right, wrong, not judged."""
     edges: Tensor
     """(B + 1,) float32, not saved: bin b holds the scores in (edges[b], edges[b + 1]]."""
+    passed_with_counts: bool = False
+    """True in a process that was started with this accumulator, already filled, as an argument."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -141,6 +143,7 @@ class ScoreCalibrator(nn.Module):
     def reset(self) -> None:
         """Forget everything."""
         self.counts.zero_()
+        self.passed_with_counts = False
 
     def min_score_for_coverage(self, coverage: float) -> Tensor:
         """The largest minimum (C,) float32 that still labels a fraction of each class's pixels.
@@ -192,6 +195,14 @@ class ScoreCalibrator(nn.Module):
             # Not in any state_dict, so nothing else would fill them in.
             self.edges = _edges().to(self.edges.device)
         return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """The attributes, by value where a new process is started with them."""
+        return sent_state(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore the attributes, in memory that no other process shares."""
+        receive_state(self, state)
 
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""

@@ -142,7 +142,16 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
 def check_agreement(state: State, group: dist.ProcessGroup | None) -> None:
     """Reject on every rank what `all_reduce` would: before the work that leads up to it."""
     settings = state.extra_repr() or f"num_classes={len(state.counts)}"
-    _check_agreement(f"{type(state).__name__}({settings})", state.counts.device, group)
+    description = f"{type(state).__name__}({settings})"
+    if state.passed_with_counts:
+        description += ", passed with counts"
+    _check_agreement(description, state.counts.device, group)
+    if state.passed_with_counts and _ranks(group):
+        raise ValueError(
+            "Expected `state` with the counts of this rank alone, but got one that was passed to "
+            "the process with counts in it, which would be added up once per rank. Call "
+            "state.reset() at the start of the process, or merge those counts after all_reduce."
+        )
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int]:

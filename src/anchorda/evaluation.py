@@ -8,6 +8,7 @@ from typing_extensions import Self
 
 from ._checks import check_count, check_device, check_mergeable, check_same_labels
 from ._ops.reference import has_float64
+from ._state import receive_state, sent_state
 
 
 @final
@@ -39,6 +40,8 @@ class ConfusionMatrix(nn.Module):
 
     counts: Tensor
     """(C, C + 1) int64: truth by prediction, the last column for predictions outside [0, C)."""
+    passed_with_counts: bool = False
+    """True in a process that was started with this accumulator, already filled, as an argument."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -57,6 +60,7 @@ class ConfusionMatrix(nn.Module):
     def reset(self) -> None:
         """Forget everything."""
         self.counts.zero_()
+        self.passed_with_counts = False
 
     def iou(self) -> Tensor:
         """IoU (C,) float64; NaN for a class that is neither in the truth nor predicted."""
@@ -71,6 +75,14 @@ class ConfusionMatrix(nn.Module):
     def accuracy(self) -> Tensor:
         """Fraction () float64 of the pixels that are predicted right; NaN without pixels."""
         return _ratio(self.counts.diagonal().sum(), self.counts.sum())
+
+    def __getstate__(self) -> dict[str, object]:
+        """The attributes, by value where a new process is started with them."""
+        return sent_state(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore the attributes, in memory that no other process shares."""
+        receive_state(self, state)
 
 
 @final
@@ -107,6 +119,8 @@ class PseudoLabelQuality(nn.Module):
 
     counts: Tensor
     """(C, C + 1) int64: truth by pseudo-label, the last column for pixels without one."""
+    passed_with_counts: bool = False
+    """True in a process that was started with this accumulator, already filled, as an argument."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -125,6 +139,7 @@ class PseudoLabelQuality(nn.Module):
     def reset(self) -> None:
         """Forget everything."""
         self.counts.zero_()
+        self.passed_with_counts = False
 
     def coverage(self) -> Tensor:
         """Labeled fraction (C,) float64 of each true class; NaN for a class not in the truth."""
@@ -137,6 +152,14 @@ class PseudoLabelQuality(nn.Module):
     def recall(self) -> Tensor:
         """Fraction (C,) float64 of each true class labeled right; NaN if not in the truth."""
         return _ratio(self.counts.diagonal(), self.counts.sum(dim=1))
+
+    def __getstate__(self) -> dict[str, object]:
+        """The attributes, by value where a new process is started with them."""
+        return sent_state(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore the attributes, in memory that no other process shares."""
+        receive_state(self, state)
 
 
 def _no_counts(num_classes: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from ._checks import check_choice
+from ._checks import check_choice, structure_of
 
 Side = Literal["output", "input"]
 """What is taken of a module: what it returns, or what it receives."""
@@ -67,8 +67,8 @@ class FeatureTap:
     def __init__(self, module: nn.Module, of: Side = "output") -> None:
         if not isinstance(module, nn.Module):
             got = type(module).__name__
-            mend = " Pass the module itself, network.get_submodule(name)." if got == "str" else ""
-            raise TypeError(f"Expected `module` to be a torch.nn.Module, but got {got}.{mend}")
+            fix = " Pass the module itself, network.get_submodule(name)." if got == "str" else ""
+            raise TypeError(f"Expected `module` to be a torch.nn.Module, but got {got}.{fix}")
         check_choice(of, "of", get_args(Side))
         self._module = module
         self._of: Side = of
@@ -96,7 +96,7 @@ class FeatureTap:
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"Expected the {self._of} of {name} to be a torch.Tensor, but got "
-                f"{_described(value)}. Tap a module before or behind it that returns, or with "
+                f"{structure_of(value)}. Tap a module before or behind it that returns, or with "
                 'of="input" receives, just the features.'
             )
         return value
@@ -139,13 +139,3 @@ class FeatureTap:
     def __repr__(self) -> str:
         """The module's class and the side that is taken."""
         return f"FeatureTap({type(self._module).__name__}, of={self._of!r})"
-
-
-def _described(value: object) -> str:
-    """What came instead of a tensor, with what there is to choose from."""
-    kind = type(value).__name__
-    if isinstance(value, Mapping):
-        return f"{kind} with {', '.join(repr(key) for key in value)}"
-    if isinstance(value, (tuple, list)):
-        return f"{kind} of {', '.join(type(item).__name__ for item in value)}"
-    return kind
