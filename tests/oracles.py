@@ -242,15 +242,52 @@ def distance_loss(
     return sum(sum(group) / len(group) for group in groups) / max(1, len(groups))
 
 
+def similarity_of(feature: Array, anchor: Array, kind: str) -> float:
+    if kind == "euclidean":
+        return -distance(feature, anchor)
+    if kind == "squared":
+        return -(distance(feature, anchor) ** 2)
+    product = float(sum(value * center for value, center in zip(feature, anchor, strict=True)))
+    if kind == "dot" or product == 0:
+        return product
+    return product / math.sqrt(sum(feature**2)) / math.sqrt(sum(anchor**2))
+
+
+def anchor_probabilities(x: Array, a: Array, kind: str, temperature: float) -> Array:
+    """(P, C), 0 for unseen classes, else NaN for features that are not finite."""
+    probabilities = np.zeros((len(x), len(a)))
+    seen = [k for k in range(len(a)) if np.isfinite(a[k]).all()]
+    for i, feature in enumerate(x):
+        if not np.isfinite(feature).all():
+            probabilities[i, seen] = math.nan
+        elif seen:
+            similarities = [similarity_of(feature, a[k], kind) / temperature for k in seen]
+            probabilities[i, seen] = softmax(np.array(similarities))
+    return probabilities
+
+
+def rectify(p: Array, w: Array) -> Array:
+    rectified = np.zeros(p.shape)
+    for i in range(len(p)):
+        total = sum(p[i] * w[i])
+        if total != 0:
+            rectified[i] = p[i] * w[i] / total
+    return rectified
+
+
 def contrastive_loss(
-    x: Array, y: Labels, a: Array, temperature: float, weights: Array | None = None
+    x: Array,
+    y: Labels,
+    a: Array,
+    temperature: float,
+    weights: Array | None = None,
+    kind: str = "euclidean",
 ) -> float:
     losses = []
     for i, (feature, label) in enumerate(zip(x, y, strict=True)):
         if 0 <= label < len(a) and np.isfinite(a[label]).all():
-            seen = [k for k in range(len(a)) if np.isfinite(a[k]).all()]
-            similarities = np.array([-distance(feature, a[k]) / temperature for k in seen])
-            loss = -math.log(softmax(similarities)[seen.index(int(label))])
+            probabilities = anchor_probabilities(feature[None], a, kind, temperature)
+            loss = -math.log(probabilities[0, label])
             losses.append(loss * (1 if weights is None else weights[i]))
     return sum(losses) / max(1, len(losses))
 

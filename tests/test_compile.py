@@ -93,6 +93,11 @@ CASES: dict[str, Case] = {
     "several, euclidean": lambda x, y, z, a: anchorda.AnchorDistanceLoss()(x, y, several(a)),
     "several, contrastive": lambda x, y, z, a: anchorda.AnchorContrastiveLoss()(x, y, several(a)),
     "several, distances": lambda x, y, z, a: anchorda.anchor_distances(x, several(a)),
+    "contrastive_cosine": lambda x, y, z, a: anchorda.anchor_contrastive_loss(
+        x, y, a, similarity="cosine", pixel_weights=z[:, 0].sigmoid()
+    ),
+    "probabilities_of_anchors": lambda x, y, z, a: anchorda.anchor_probabilities(x, a),
+    "rectify": lambda x, y, z, a: anchorda.rectify(z.softmax(1), z.flip(0).softmax(1)),
     "discriminative": lambda x, y, z, a: _discriminative(z, y),
 }
 
@@ -175,6 +180,22 @@ def test_training_step_under_inductor() -> None:
 
 OPERATORS: list[tuple[str, Callable[[list[Tensor]], tuple[Any, ...]]]] = [
     ("class_sums", lambda p: (p[0].detach(), p[1], NUM_CLASSES)),
+    ("soft_class_sums", lambda p: (p[0].detach(), p[2].detach().softmax(dim=1))),
+    ("scatter", lambda p: (p[0].detach(), p[1], p[3], True)),
+    ("scatter", lambda p: (p[0].detach(), p[1], p[3], False)),
+    ("quadratic_forms", lambda p: (p[0], p[3], p[3][:2])),
+    (
+        "quadratic_forms_backward",
+        lambda p: (p[2].detach().float(), p[0].detach(), p[3], p[3][:0]),
+    ),
+    ("map_distances", lambda p: (p[0], p[0].detach() + 1)),
+    (
+        "map_distances_backward",
+        lambda p: (
+            *(torch.randn(2, 5, 4), torch.rand(2, 5, 4)),
+            *(p[0].detach(), p[0].detach() + 1),
+        ),
+    ),
     ("image_sums", lambda p: (p[0], p[1], NUM_CLASSES)),
     ("image_sums_backward", lambda p: (torch.randn(2, NUM_CLASSES, 3), p[0].detach(), p[1])),
     ("anchor_distances", lambda p: (p[0], p[3])),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import anchorda
+from anchorda._similarity import Similarity
 from anchorda.losses import Average, Distance
 from tests import oracles
 from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
@@ -23,9 +24,11 @@ DISTANCE_OPTIONS = [
     for distance in get_args(Distance)
     for average in get_args(Average)
 ]
+SIMILARITIES: list[Similarity] = ["squared", "cosine", "dot"]  # besides the fused "euclidean"
 FEATURE_LOSSES: list[Loss] = [
     *(anchorda.AnchorDistanceLoss(**options) for options in DISTANCE_OPTIONS),
     anchorda.AnchorContrastiveLoss(temperature=0.7),
+    *(anchorda.AnchorContrastiveLoss(0.7, similarity=kind) for kind in SIMILARITIES),
 ]
 
 
@@ -58,13 +61,14 @@ def assert_losses(features: Tensor, labels: Tensor, anchors: Tensor, logits: Ten
         )
         for options in DISTANCE_OPTIONS
     ]
-    for temperature in (1.0, 0.3):
+    for kind in get_args(Similarity):
+        temperature = 0.3 if kind == "euclidean" else 1.7
         pairs += [
             (
                 anchorda.anchor_contrastive_loss(
-                    features, labels, anchors, temperature=temperature
+                    features, labels, anchors, similarity=kind, temperature=temperature
                 ),
-                oracles.contrastive_loss(x, y, a, temperature),
+                oracles.contrastive_loss(x, y, a, temperature, kind=kind),
             )
         ]
     # Cross-entropy needs two classes.
@@ -306,10 +310,12 @@ def test_distance_module_is_its_function(options: dict[str, Any]) -> None:
 
 def test_other_modules_are_their_functions() -> None:
     features, labels, logits, anchors = draw((2, 5, 3))
-    contrastive = anchorda.AnchorContrastiveLoss(temperature=0.4)
-    expected = anchorda.anchor_contrastive_loss(features, labels, anchors, temperature=0.4)
+    contrastive = anchorda.AnchorContrastiveLoss(temperature=0.4, similarity="dot")
+    expected = anchorda.anchor_contrastive_loss(
+        features, labels, anchors, similarity="dot", temperature=0.4
+    )
     assert torch.equal(contrastive(features, labels, anchors), expected)
-    assert repr(contrastive) == "AnchorContrastiveLoss(temperature=0.4)"
+    assert repr(contrastive) == "AnchorContrastiveLoss(temperature=0.4, similarity='dot')"
     weight = torch.tensor([1.0, 0.0, 2.0, 3.0])
     discriminative = anchorda.DiscriminativeLoss(weight=weight, label_smoothing=0.1)
     expected = anchorda.discriminative_loss(logits, labels, weight=weight, label_smoothing=0.1)

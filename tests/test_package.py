@@ -20,9 +20,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"_checks", "_ops.kernels", "_ops.tiles", "_pickles"},
     {"_ops.reference"},
-    {"_ops.cpu"},
+    {"_ops.cpu", "_ops.plain"},
     {"_ops"},
-    {"_state"},
+    {"_state", "_similarity"},
     {"anchors", "pseudo_labels", "losses", "taps"},
     {"evaluation", "calibration", "distributed", "stages", "released"},
     {""},

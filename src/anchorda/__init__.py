@@ -32,7 +32,9 @@ from .pseudo_labels import (
     ProbabilityPseudoLabeler,
     PseudoLabels,
     anchor_distances,
+    anchor_probabilities,
     combine_pseudo_labels,
+    rectify,
 )
 from .stages import StageLabeler, StageLabels
 from .taps import FeatureTap
@@ -62,12 +64,14 @@ __all__ = [
     "anchor_distance_loss",
     "anchor_distances",
     "anchor_health",
+    "anchor_probabilities",
     "class_sums",
     "combine_pseudo_labels",
     "discriminative_loss",
     "image_centroids",
     "keep_correct",
     "margin_limits",
+    "rectify",
     "resize_labels",
     "warn_unreachable_margins",
 ]

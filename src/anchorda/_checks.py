@@ -98,7 +98,7 @@ def check_same_labels(first: Tensor, second: Tensor, names: tuple[str, str]) -> 
     """Reject two label maps that are not of one shape and on one device."""
     check_label_map(first, names[0])
     check_label_map(second, names[1])
-    _check_alike(second, names[1], first, names[0], _fix_same(first, second, names))
+    check_alike(second, names[1], first, names[0], _fix_same(first, second, names))
 
 
 def check_anchors(anchors: Tensor, features: Tensor) -> None:
@@ -144,7 +144,7 @@ def check_anchor_rows(anchors: Tensor, name: str = "anchors") -> None:
 def check_same_anchors(previous: Tensor, anchors: Tensor) -> None:
     """Reject previous anchors that are not of the shape and on the device of the present ones."""
     check_anchor_rows(previous, "previous")
-    _check_alike(previous, "previous", anchors, "anchors")
+    check_alike(previous, "previous", anchors, "anchors")
 
 
 def check_scores(scores: Tensor, labels: Tensor) -> None:
@@ -153,9 +153,7 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
     check_tensor(scores, "scores")
     check_floating(scores, "scores")
     fix = _fix_same(labels, scores, ("labels", "scores")) if scores.ndim > labels.ndim else ""
-    _check_alike(
-        scores, "scores", labels, "labels", fix or " Pass both as a labeler returned them."
-    )
+    check_alike(scores, "scores", labels, "labels", fix or " Pass both as a labeler returned them.")
 
 
 def check_pixel_weights(weights: Tensor | None, labels: Tensor, name: str = "labels") -> None:
@@ -167,7 +165,7 @@ def check_pixel_weights(weights: Tensor | None, labels: Tensor, name: str = "lab
         return
     check_tensor(weights, "pixel_weights")
     check_floating(weights, "pixel_weights")
-    _check_alike(weights, "pixel_weights", labels, name)
+    check_alike(weights, "pixel_weights", labels, name)
 
 
 def check_class_names(names: Sequence[str] | None, num_classes: int) -> list[str]:
@@ -491,7 +489,8 @@ def _has_anchors(anchors: Tensor) -> bool:
     return anchors.ndim in (2, 3) and 0 not in anchors.shape[:-1]
 
 
-def _check_alike(value: Tensor, name: str, like: Tensor, like_name: str, fix: str = "") -> None:
+def check_alike(value: Tensor, name: str, like: Tensor, like_name: str, fix: str = "") -> None:
+    """Reject a tensor of another shape or device than that of another."""
     if value.shape != like.shape:
         raise ValueError(
             f"Expected `{name}` of shape {tuple(like.shape)} to match `{like_name}`, "

@@ -30,6 +30,7 @@ from ._checks import (
     check_positive,
     check_range,
 )
+from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import move_buffers
 
 Distance = Literal["euclidean", "squared", "smooth_l1"]
@@ -147,13 +148,14 @@ def anchor_contrastive_loss(
     labels: Tensor,
     anchors: Tensor,
     *,
+    similarity: Similarity = "euclidean",
     temperature: float = 1.0,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of the softmax over negative distances to the anchors.
+    r"""Cross-entropy of the softmax over similarities to the anchors.
 
-    .. math:: \ell_i = -\log \frac{\exp(-\lVert x_i - a_{y_i} \rVert_2 / \tau)}
-                                  {\sum_{k\ \text{seen}} \exp(-\lVert x_i - a_k \rVert_2 / \tau)}
+    .. math:: \ell_i = -\log \frac{\exp(s(x_i, a_{y_i}) / \tau)}
+                                  {\sum_{k\ \text{seen}} \exp(s(x_i, a_k) / \tau)}
 
     averaged over the active pixels: the explicit push away from the anchors of other classes. Of
     several anchors of a class the nearest counts. Differentiable once, in the features.
@@ -163,7 +165,9 @@ def anchor_contrastive_loss(
         labels: ``(N, *)``, any integer dtype. Active is a label in [0, C) of a seen class.
         anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class, floating point. A row that
             is not finite is absent; a class without any other row is unseen.
-        temperature: τ > 0, in the units of the features.
+        similarity: s: ``"euclidean"`` −‖x − a‖₂, ``"squared"`` −‖x − a‖₂², ``"cosine"``, or
+            ``"dot"``.
+        temperature: τ > 0, in the units of the similarity.
         pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
 
     Returns:
@@ -172,19 +176,25 @@ def anchor_contrastive_loss(
 
     Raises:
         TypeError: if a dtype is wrong.
-        ValueError: if a shape, a device or ``temperature`` is wrong.
+        ValueError: if a shape, a device, ``similarity`` or ``temperature`` is wrong.
 
-    Source: ProDA (arXiv 2101.10979) weights pseudo-labels with this softmax over distances to
-    prototypes; here it is a loss, as the contrast to class centroids of SePiCo (arXiv 2204.08808).
+    Source: ProDA (arXiv 2101.10979) weights pseudo-labels with the softmax over distances; with
+    ``"dot"`` this is SePiCo's contrast to class centroids (arXiv 2204.08808), whose code lets a
+    class that was never seen compete as a zero vector.
 
     >>> anchors = torch.tensor([[0.0], [2.0]])
     >>> anchor_contrastive_loss(torch.tensor([[0.0]]), torch.tensor([0]), anchors)
     tensor(0.1269)
     """
+    check_similarity(similarity)
     temperature = check_positive(temperature, "temperature")
     targets = _active_labels(features, labels, anchors, pixel_weights)
     losses: Tensor
-    losses, _ = _ops.contrastive_losses(features, targets, anchors.detach(), temperature)
+    if similarity == "euclidean":
+        losses, _ = _ops.contrastive_losses(features, targets, anchors.detach(), temperature)
+    else:
+        logits = similarities(features, anchors, similarity, targets >= 0) / temperature
+        losses = _cross_entropies(logits, targets)
     return _mean(losses, targets >= 0, pixel_weights)
 
 
@@ -296,10 +306,11 @@ class DiscriminativeLoss(nn.Module):
 
 @final
 class AnchorContrastiveLoss(nn.Module):
-    r"""Cross-entropy of the softmax over negative distances; see `anchor_contrastive_loss`.
+    r"""Cross-entropy of the softmax over similarities; see `anchor_contrastive_loss`.
 
     Args:
-        temperature: τ > 0, in the units of the features.
+        temperature: τ > 0, in the units of the similarity.
+        similarity: ``"euclidean"`` −‖x − a‖₂, ``"squared"`` −‖x − a‖₂², ``"cosine"``, or ``"dot"``.
 
     Shape:
         - features: ``(N, D, *)``, floating point; labels: ``(N, *)``, integer; anchors:
@@ -308,18 +319,21 @@ class AnchorContrastiveLoss(nn.Module):
 
     Raises:
         TypeError: if a dtype is wrong.
-        ValueError: if a shape, a device or ``temperature`` is wrong.
+        ValueError: if a shape, a device or an option is wrong.
 
-    Source: the softmax over distances to prototypes of ProDA (arXiv 2101.10979), as a loss.
+    Source: the softmax over distances to prototypes of ProDA (arXiv 2101.10979), as a loss; the
+    contrast of SePiCo (arXiv 2204.08808).
 
     >>> anchors = torch.tensor([[0.0], [2.0]])
     >>> AnchorContrastiveLoss(temperature=2.0)(torch.tensor([[0.0]]), torch.tensor([0]), anchors)
     tensor(0.3133)
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, *, similarity: Similarity = "euclidean") -> None:
         super().__init__()
+        check_similarity(similarity)
         self.temperature: float = check_positive(temperature, "temperature")
+        self.similarity: Similarity = similarity
 
     def forward(
         self,
@@ -331,12 +345,17 @@ class AnchorContrastiveLoss(nn.Module):
     ) -> Tensor:
         """The loss of features (N, D, *) with labels (N, *) against anchors (C, D) or (C, M, D)."""
         return anchor_contrastive_loss(
-            features, labels, anchors, temperature=self.temperature, pixel_weights=pixel_weights
+            features,
+            labels,
+            anchors,
+            similarity=self.similarity,
+            temperature=self.temperature,
+            pixel_weights=pixel_weights,
         )
 
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
-        return f"temperature={self.temperature}"
+        return f"temperature={self.temperature}, similarity={self.similarity!r}"
 
 
 def _active_labels(
@@ -348,10 +367,7 @@ def _active_labels(
     check_anchors(anchors, features)
     check_pixel_weights(pixel_weights, labels)
     targets = _labels_in_range(labels, anchors.shape[0])
-    seen = anchors.detach().isfinite().all(dim=-1)
-    if anchors.ndim == 3:
-        seen = seen.any(dim=1)
-    return torch.where(seen[targets], targets, -1)
+    return torch.where(seen_classes(anchors)[targets], targets, -1)
 
 
 def _labels_in_range(labels: Tensor, num_classes: int) -> Tensor:

@@ -11,6 +11,7 @@ from . import _ops
 from ._checks import (
     PerClass,
     as_per_class,
+    check_alike,
     check_anchors,
     check_choice,
     check_features,
@@ -19,8 +20,10 @@ from ._checks import (
     check_int,
     check_logits,
     check_per_class,
+    check_positive,
     check_same_labels,
 )
+from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import adopt_shapes, move_buffers
 
 
@@ -68,6 +71,89 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
     check_anchors(anchors, features)
     distances: Tensor = _ops.anchor_distances(features, anchors.detach())
     return distances
+
+
+def anchor_probabilities(
+    features: Tensor,
+    anchors: Tensor,
+    *,
+    similarity: Similarity = "euclidean",
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Softmax over the similarities of every feature to the anchors.
+
+    .. math:: p_{i,k} = \frac{\exp(s(x_i, a_k) / \tau)}
+                            {\sum_{j\ \text{seen}} \exp(s(x_i, a_j) / \tau)}
+
+    Differentiable once, in the features.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class, of which the most similar
+            counts, floating point. A row that is not finite is absent; a class without any other
+            row is unseen.
+        similarity: s: ``"euclidean"`` −‖x − a‖₂, ``"squared"`` −‖x − a‖₂², ``"cosine"``, or
+            ``"dot"``.
+        temperature: τ > 0, in the units of the similarity.
+
+    Returns:
+        ``(N, C, *)`` float32 (float64 for float64 features): 0 for unseen classes, and otherwise
+        NaN where a feature is not finite. With no class seen, 0 throughout.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device, ``similarity`` or ``temperature`` is wrong.
+
+    Source: ProDA (arXiv 2101.10979), equation 5, whose code multiplies by 1/τ; CPSL (arXiv
+    2203.02983) with ``"dot"`` of normalized vectors.
+
+    >>> anchors = torch.tensor([[0.0], [2.0], [torch.nan]])
+    >>> anchor_probabilities(torch.tensor([[0.0], [1.0]]), anchors)
+    tensor([[0.8808, 0.1192, 0.0000],
+            [0.5000, 0.5000, 0.0000]])
+    """
+    check_features(features)
+    check_anchors(anchors, features)
+    check_similarity(similarity)
+    temperature = check_positive(temperature, "temperature")
+    values = similarities(features, anchors, similarity) / temperature
+    # A softmax over no class at all is NaN.
+    return torch.where(seen_classes(anchors, features.ndim - 1), values.softmax(dim=1), 0.0)
+
+
+def rectify(probabilities: Tensor, assignments: Tensor) -> Tensor:
+    r"""Product of class probabilities and soft assignments, scaled to a sum of 1.
+
+    .. math:: \hat p_{i,k} = \frac{p_{i,k}\, w_{i,k}}{\sum_j p_{i,j}\, w_{i,j}}
+
+    Both are constants to the gradient. ``ProbabilityPseudoLabeler`` labels by the result's
+    logarithm.
+
+    Args:
+        probabilities: p, ``(N, C, *)``, floating point, of the classifier.
+        assignments: w, ``(N, C, *)``, floating point, such as those of `anchor_probabilities`.
+
+    Returns:
+        ``(N, C, *)`` float32 (float64 if one is float64); 0 throughout where no class has both, and
+        NaN where an input is NaN.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if the shapes or devices differ.
+
+    Source: ProDA (arXiv 2101.10979), equation 4.
+
+    >>> rectify(torch.tensor([[0.6, 0.4]]), torch.tensor([[0.2, 0.8]]))
+    tensor([[0.2727, 0.7273]])
+    """
+    check_features(probabilities, "probabilities")
+    check_features(assignments, "assignments")
+    check_alike(assignments, "assignments", probabilities, "probabilities")
+    dtype = torch.promote_types(probabilities.dtype, assignments.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    product = probabilities.detach().to(dtype) * assignments.detach()
+    total = product.sum(dim=1, keepdim=True)
+    return product / torch.where(total == 0, 1.0, total)
 
 
 def combine_pseudo_labels(

@@ -93,7 +93,7 @@ def train(network: nn.Module, centroids: Tensor, target: Iterable[Tensor]) -> No
     by_probability = anchorda.ProbabilityPseudoLabeler(torch.full((19,), 0.9))
     distance = anchorda.AnchorDistanceLoss("smooth_l1", average="class")
     discriminate = anchorda.DiscriminativeLoss(weight=torch.ones(19), label_smoothing=0.1)
-    contrast = anchorda.AnchorContrastiveLoss(temperature=0.1)
+    contrast = anchorda.AnchorContrastiveLoss(temperature=0.1, similarity="cosine")
     for images in target:
         features, logits = extract(network, images)
         pseudo: anchorda.PseudoLabels = labeler(features, centroids)
@@ -101,10 +101,14 @@ def train(network: nn.Module, centroids: Tensor, target: Iterable[Tensor]) -> No
             pseudo.labels, by_probability(logits).labels, "union"
         )
         assert_type(labels, Tensor)
+        assignments = anchorda.anchor_probabilities(
+            features, centroids, similarity="squared", temperature=2.0
+        )
+        assert_type(anchorda.rectify(logits.softmax(dim=1), assignments), Tensor)
         loss = (
             distance(features, labels, centroids)
             + discriminate(logits, labels)
-            + contrast(features, labels, centroids)
+            + contrast(features, labels, centroids, pixel_weights=pseudo.scores)
             + anchorda.anchor_distance_loss(features, labels, centroids, distance="squared")
             + anchorda.discriminative_loss(logits, labels)
             + anchorda.anchor_contrastive_loss(features, labels, centroids, temperature=0.1)

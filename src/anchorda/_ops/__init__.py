@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .plain import map_distances as map_distances
+from .plain import map_distances_backward as map_distances_backward
+from .plain import quadratic_forms as quadratic_forms
+from .plain import quadratic_forms_backward as quadratic_forms_backward
+from .plain import scatter as scatter
+from .plain import soft_class_sums as soft_class_sums
 from .tiles import new_gradient
 
 # Annotations in this file must be types, not strings: torch infers the schemas from them.
