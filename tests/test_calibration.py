@@ -87,9 +87,13 @@ def test_the_curve_is_exact_at_every_candidate(shape: Sequence[int]) -> None:
 def test_candidates_ascend_and_are_as_close_as_promised() -> None:
     edges = ScoreCalibrator(1).edges
     assert edges[0] == -math.inf
-    assert edges[1] == 0
     assert edges[-1] == math.inf
-    inner = edges[2:-1].double()
+    zero = int((edges == 0).nonzero())
+    negative = -edges[1:zero].double()
+    assert negative[-1] < 1e-6
+    assert negative[0] > 1e6
+    assert (negative[:-1] / negative[1:]).max() < 1 + RESOLUTION
+    inner = edges[zero + 1 : -1].double()
     assert inner[0] < 1e-6
     assert inner[-1] > 1e6
     ratios = inner[1:] / inner[:-1]
@@ -103,17 +107,20 @@ def test_candidates_ascend_and_are_as_close_as_promised() -> None:
 
 
 def test_memory_is_what_the_page_says() -> None:
-    assert ScoreCalibrator(19).counts.shape == (3, 19, 3708)
-    assert ScoreCalibrator(19).counts.nbytes < 1.75e6
+    assert ScoreCalibrator(19).counts.shape == (3, 19, 6269)
+    assert ScoreCalibrator(19).counts.nbytes < 2.9e6
     assert list(ScoreCalibrator(19).state_dict()) == ["counts"]
 
 
 @pytest.mark.parametrize("coverage", [1e-3, 0.1, 1 / 3, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("kind", ["margins", "probabilities"])
+@pytest.mark.parametrize("kind", ["margins", "probabilities", "negative", "of both signs"])
 def test_minimum_for_coverage_against_exact_quantiles(kind: str, coverage: float) -> None:
-    scores = (
-        torch.exp(2 * torch.randn(2, 700)) if kind == "margins" else 1 - torch.rand(2, 700) ** 6
-    )
+    scores = {
+        "margins": torch.exp(2 * torch.randn(2, 700)),
+        "probabilities": 1 - torch.rand(2, 700) ** 6,
+        "negative": -torch.exp(4 * torch.randn(2, 700)),
+        "of both signs": 100 * torch.randn(2, 700),
+    }[kind]
     labels = torch.tensor([[0], [1]]).expand(2, 700)
     calibrator = ScoreCalibrator(3)
     calibrator.update(labels, scores)
@@ -126,7 +133,7 @@ def test_minimum_for_coverage_against_exact_quantiles(kind: str, coverage: float
         exact = scores[c].sort(descending=True).values[enough - 1].item()
         assert minimum[c].item() < exact
         assert (scores[c] > minimum[c]).sum().item() >= enough
-        assert exact - minimum[c].item() <= RESOLUTION * exact
+        assert exact - minimum[c].item() <= RESOLUTION * abs(exact)
         if 0.5 < exact < 1:
             assert exact - minimum[c].item() <= RESOLUTION * (1 - minimum[c].item()) + 2**-24
 
@@ -135,8 +142,10 @@ def test_coverage_at_its_ends() -> None:
     calibrator = ScoreCalibrator(2)
     calibrator.update(torch.tensor([0, 0]), torch.tensor([0.0, 3.0]))
     assert calibrator.min_score_for_coverage(0.0).tolist() == [math.inf, math.inf]
-    assert calibrator.min_score_for_coverage(1.0).tolist() == [-math.inf, math.inf]
+    assert calibrator.min_score_for_coverage(1.0).tolist() == [-(2.0**-20), math.inf]
     assert 2.9 < calibrator.min_score_for_coverage(0.5)[0].item() < 3
+    calibrator.update(torch.tensor([0]), torch.tensor([-1e9]))
+    assert calibrator.min_score_for_coverage(1.0)[0].item() == -math.inf
 
 
 @pytest.mark.parametrize("precision", [0.0, 0.3, 0.5, 0.75, 1.0])

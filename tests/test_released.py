@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -632,7 +633,7 @@ def pickled(protocol: int) -> Save:
 SAVES: dict[str, Save] = {
     "torch": torch.save,
     "torch before 1.6": save_legacy,
-    **{f"pickle {protocol}": pickled(protocol) for protocol in range(2, 5)},
+    **{f"pickle {protocol}": pickled(protocol) for protocol in range(2, 6)},
 }
 
 
@@ -897,7 +898,9 @@ def test_truncated(path: Path, save: Save) -> None:
     data = path.read_bytes()
     for length in [0, 1, 2, 3, 10, 15, 100, len(data) // 2, len(data) - 60]:
         path.write_bytes(data[:length])
-        with pytest.raises(ValueError, match="it is damaged") as raised:
+        with pytest.raises(
+            ValueError, match="it is damaged" if length else "it is empty"
+        ) as raised:
             load_category_anchors(path)
         assert str(path) in str(raised.value)
 
@@ -946,11 +949,62 @@ def test_wrong_content(path: Path, save: Save, value: object, reason: str) -> No
     )
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04", b"\x93NUMPY", b"\x89PNG\r\n", b"{}", b"."])
-def test_other_files(path: Path, content: bytes) -> None:
-    path.write_bytes(content + bytes(100))
-    with pytest.raises(ValueError, match="it is damaged"):
+def save_npz(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, centers=np.ones((2, 3)), counts=np.ones(2))
+
+
+def save_npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.ones((2, 3)))
+
+
+def save_state(path: Path) -> None:
+    torch.save(anchorda.CategoryAnchors(2, 3).state_dict(), path)
+
+
+OTHER_FILES: list[tuple[bytes | Callable[[Path], object], str]] = [
+    (b"", "it is empty."),
+    (b"PK\x03\x04" + bytes(100), "it is damaged: "),
+    (b"." + bytes(100), "it is damaged: "),
+    (b"\x8e" + b"\xff" * 8, "it is damaged: "),  # a string of 2⁶⁴ − 1 bytes
+    (b"\x96" + b"\xff" * 7 + b"\x0f", "it is damaged: "),  # a bytearray of 2⁶⁰ bytes
+    (save_npy, "it is a NumPy .npy file. Pass numpy.load(path) to CategoryAnchors.from_centroids."),
+    (save_npz, "it is a NumPy .npz file of 'centers', 'counts'. Pass one of its arrays to "),
+    (save_state, "it is the state_dict of a module, which its load_state_dict takes"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
+    (b"\n<!DOCTYPE html><html></html>", "it is a page of HTML or XML"),
+    (b'{"anchors": [[1.0, 2.0]]}', "it is text, such as JSON."),
+    (b"\xef\xbb\xbf[[1.0, 2.0]]", "it is text, such as JSON."),
+    (b'\x40\x00\x00\x00\x00\x00\x00\x00{"anchors": {}}', "it is a safetensors file."),
+    (b"\x89PNG\r\n", "it is a PNG image."),
+    (b"\x1f\x8b\x08" + bytes(20), "it is compressed by gzip. Unpack it first."),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), OTHER_FILES)
+def test_a_file_of_another_format_is_named(
+    path: Path, content: bytes | Callable[[Path], object], reason: str
+) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+    with pytest.raises(ValueError, match=re.escape(f"(C,), but {reason}")):
         load_category_anchors(path)
+
+
+def test_a_parameter_is_an_array(path: Path) -> None:
+    torch.save(torch.nn.Parameter(torch.arange(1.0, 7.0).reshape(2, 3)), path)
+    assert torch.equal(load_category_anchors(path), torch.arange(1.0, 7.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize("path", [None, 0, b"anchors", ["anchors"]])
+def test_what_is_no_path(path: Any) -> None:  # noqa: ANN401
+    with pytest.raises(TypeError, match=r"Expected `path` to be a str or os\.PathLike, but got"):
+        load_category_anchors(path)
+    with pytest.raises(ValueError, match="Expected `path` without null characters"):
+        load_category_anchors("a\0b")
 
 
 # The files of ProDA and SePiCo, which hold tensors, on a GPU too, in either format of torch.save.

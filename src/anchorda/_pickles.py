@@ -66,7 +66,9 @@ _STORAGES = {
 _GLOBALS = {
     *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
     *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-    *("torch._utils._rebuild_tensor_v2", "collections.OrderedDict"),
+    *("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
+    *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"),
+    "collections.OrderedDict",
     *(f"torch.{storage}" for storage in _STORAGES),
 }
 _DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"}
@@ -93,6 +95,13 @@ class _Reader(pickle._Unpickler):
                 f"it names {module}.{name}, which no array needs; nothing of it was run"
             )
         return _Global(name)
+
+    def load_bytearray8(self) -> None:
+        """Read as bytes what the writer could have changed: no size in the file is allocated."""
+        read = self.read  # type: ignore[attr-defined]
+        self.append(read(int.from_bytes(read(8), "little")))  # type: ignore[attr-defined]
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}  # type: ignore[assignment]
 
     def get_extension(self, code: int) -> None:
         raise UnfitError(f"it names the pickle extension {code}; nothing of it was run")
@@ -141,10 +150,19 @@ def to_tensor(value: object) -> Tensor:
             ),
         ) if code in _DTYPES:
             raw = data if isinstance(data, bytes) else str(data.arguments[0]).encode("latin1")
-            flat = np.frombuffer(raw, np.dtype(str(order) + code))
-            array = flat.reshape(shape, order="F" if is_fortran else "C")
-            # A copy in this machine's byte order, and in a dtype that torch has, exact for counts.
-            return torch.from_numpy(array.astype(np.float64 if code[0] == "f" else np.int64))
+            return _from_bytes(raw, order + code, shape, "F" if is_fortran else "C")
+        case _Built(
+            "_frombuffer",  # of pickle protocol 5
+            (
+                bytes() as raw,
+                _Built("dtype", (str(code), *_), (_, "<" | ">" | "|" as order, *_)),
+                tuple(shape),
+                "C" | "F" as layout,
+            ),
+        ) if code in _DTYPES:
+            return _from_bytes(raw, order + code, shape, layout)
+        case _Built("_rebuild_parameter", (tensor, *_)):
+            return to_tensor(tensor)
         case _Built(
             "_rebuild_tensor_v2",
             (_Storage(dtype, data), int(offset), tuple(size), tuple(stride), *_),
@@ -153,8 +171,57 @@ def to_tensor(value: object) -> Tensor:
                 raise UnfitError("it holds a tensor that is larger than its data")
             # Checked by torch to stay within the data.
             return torch.frombuffer(bytearray(data), dtype=dtype).as_strided(size, stride, offset)
+        case _Built("OrderedDict"):
+            raise UnfitError(
+                "it is the state_dict of a module, which its load_state_dict takes, as in "
+                "CategoryAnchors(...).load_state_dict(torch.load(path, weights_only=True))"
+            )
     other = "an array of another kind" if isinstance(value, _Built) else type(value).__name__
     raise UnfitError(f"it holds {other} in place of an array of numbers")
+
+
+def _from_bytes(raw: bytes, dtype: str, shape: tuple[object, ...], layout: str) -> Tensor:
+    """Copy an array into this machine's byte order and a dtype that torch has, exact for counts."""
+    array = np.frombuffer(raw, np.dtype(dtype)).reshape(shape, order=layout)  # type: ignore[call-overload]
+    copied: np.ndarray = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+    return torch.from_numpy(copied)
+
+
+# What files of other formats begin with, and what they are.
+_FORMATS = {
+    b"\x93NUMPY": "a NumPy .npy file. Pass numpy.load(path) to CategoryAnchors.from_centroids",
+    b"version https://git-lfs": "a Git LFS pointer, not the file. Fetch it with git lfs pull",
+    b"\x89HDF": "an HDF5 file",
+    b"MATLAB": "a MATLAB file",
+    b"\x1f\x8b": "compressed by gzip. Unpack it first",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF file",
+    b"<": "a page of HTML or XML, as a failed download leaves behind",
+    b"{": "text, such as JSON. Pass its numbers to CategoryAnchors.from_centroids as an array",
+    b"[": "text, such as JSON. Pass its numbers to CategoryAnchors.from_centroids as an array",
+}
+
+
+def format_of(file: IO[bytes]) -> str | None:
+    """Name the format of a file that is not one of ``torch.save`` or ``pickle.dump``, if known."""
+    file.seek(0)
+    head = file.read(64)
+    if not head:
+        return "empty"
+    if head.startswith(b"PK"):
+        with zipfile.ZipFile(file) as archive:
+            arrays = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
+        if arrays:
+            names = ", ".join(repr(name[:40]) for name in arrays[:5])
+            return (
+                f"a NumPy .npz file of {names}. Pass one of its arrays to "
+                f"CategoryAnchors.from_centroids, as numpy.load(path)[{arrays[0][:40]!r}]"
+            )
+    if head[8:10] == b'{"':
+        return "a safetensors file. Pass one of its tensors to CategoryAnchors.from_centroids"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return next((kind for magic, kind in _FORMATS.items() if start.startswith(magic)), None)
 
 
 def _read_archive(archive: zipfile.ZipFile) -> object:

@@ -64,10 +64,11 @@ class ScoreCalibrator(nn.Module):
     Coverage here is of what is called c, as the truth is not needed for it;
     `PseudoLabelQuality.coverage` is of what is c. Scores are counted in fixed bins, whose edges
     are the candidates for t. What is said of a candidate is exact, not interpolated; only the
-    choice is limited to them. They lie 1.1 % apart, from 10⁻⁶ to 10⁶, and above 0.5 also 1.1 %
-    apart in 1 − s, so that margins of any scale and probabilities close to 1 are told apart equally
-    well. A minimum for a coverage is thus at most 1.1 % below the exact quantile within that range.
-    The memory is that of (3, C, 3708) int64 counts, 1.7 MB for 19 classes, however long the stream.
+    choice is limited to them. They lie 1.1 % apart, for sizes from 10⁻⁶ to 10⁶ of either sign, and
+    between 0.5 and 1 also 1.1 % apart in 1 − s, so that margins of any scale, negative distances
+    or entropies, and probabilities close to 1 are resolved equally well. A minimum for a coverage
+    is thus at most 1.1 % of its size below the exact quantile within that range. The memory is
+    that of (3, C, 6269) int64 counts, 2.9 MB for 19 classes, however long the stream.
 
     Take the labels from a labeler that leaves none out (a minimum of −∞): pixels without a label
     belong to no class and are not counted.
@@ -210,11 +211,12 @@ class ScoreCalibrator(nn.Module):
 
 
 def _edges() -> Tensor:
-    """Candidates evenly spaced in log s and, between 0.5 and 1, also in log(1 − s)."""
+    """Candidates evenly spaced in log |s| and, between 0.5 and 1, also in log(1 − s)."""
     steps = np.arange(-20 * _BINS_PER_OCTAVE, 24 * _BINS_PER_OCTAVE + 1) / _BINS_PER_OCTAVE
     scales, to_one = np.exp2(steps[steps <= 20]), 1 - np.exp2(-steps[steps >= 1])
     inner = np.unique(np.concatenate([scales, to_one]).astype(np.float32))
-    return torch.tensor([-np.inf, 0.0, *inner, np.inf], dtype=torch.float32)
+    negative = -scales[::-1].astype(np.float32)
+    return torch.tensor([-np.inf, *negative, 0.0, *inner, np.inf], dtype=torch.float32)
 
 
 def _above(counts: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ is better served by `anchorda.losses`, whose gradients are those of the losses t
 
 import math
 import os
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from ._checks import (
     check_labels,
     check_logits,
     check_range,
+    described,
 )
-from ._pickles import UnfitError, read, to_tensor
+from ._pickles import UnfitError, format_of, read, to_tensor
 from .anchors import keep_correct, resize_labels
 from .losses import discriminative_loss
 
@@ -149,8 +150,9 @@ def load_category_anchors(path: str | os.PathLike[str]) -> Tensor:
     consists of is refused, and so is the checkpoint of a network.
 
     Args:
-        path: a file of ``torch.save``, of any version, or of ``pickle.dump`` up to protocol 4.
-            Arrays are NumPy's or, in a file of ``torch.save``, tensors on whatever device.
+        path: a file of ``torch.save`` or ``pickle.dump``, of any version. Arrays are NumPy's or, in
+            a file of ``torch.save``, tensors on any device. For arrays in other files, such as
+            ``.npy``, see `CategoryAnchors.from_centroids`.
 
     Returns:
         The anchors ``(C, D)`` float32, on the CPU. A row is NaN, its class unseen, where
@@ -159,6 +161,7 @@ def load_category_anchors(path: str | os.PathLike[str]) -> Tensor:
         pass them to `CategoryAnchors.from_centroids` with a ``momentum``.
 
     Raises:
+        TypeError: if ``path`` is not a path.
         OSError: if the file cannot be opened.
         ValueError: if it holds something else, or is damaged; the message names the file.
 
@@ -176,16 +179,29 @@ def load_category_anchors(path: str | os.PathLike[str]) -> Tensor:
     tensor([[1., 2.],
             [nan, nan]])
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"Expected `path` to be a str or os.PathLike, but got {described(path)}.")
+    if "\0" in str(path):
+        raise ValueError(f"Expected `path` without null characters, but got {described(path)}.")
     with open(path, "rb") as file:
         try:
             return _anchors(read(file))
         except Exception as error:  # Unpickling what is damaged may raise any.
-            reason = error if isinstance(error, UnfitError) else f"it is damaged: {error!r}"
+            reason = str(error) if isinstance(error, UnfitError) else _reason(file, error)
             raise ValueError(
                 f"Expected {os.fspath(path)!r} to hold category anchors, an array (C, D) or a dict "
                 "with `objective_vectors` (C, D) and `objective_num` (C,), or with `Ave` (C, D) "
                 f"and `Amount` (C,), but {reason}."
             ) from error
+
+
+def _reason(file: IO[bytes], error: Exception) -> str:
+    """Say why a file could not be read, as the end of a sentence."""
+    try:
+        known = format_of(file)
+    except Exception:  # An archive may be damaged in any way.
+        known = None
+    return f"it is {known}" if known else f"it is damaged: {error!r}"
 
 
 def _single(logits: Tensor) -> Tensor:
