@@ -118,7 +118,7 @@ def test_minimum_for_coverage_against_exact_quantiles(kind: str, coverage: float
     scores = {
         "margins": torch.exp(2 * torch.randn(2, 700)),
         "probabilities": 1 - torch.rand(2, 700) ** 6,
-        "negative": -torch.exp(4 * torch.randn(2, 700)),
+        "negative": -torch.exp(2 * torch.randn(2, 700)),
         "of both signs": 100 * torch.randn(2, 700),
     }[kind]
     labels = torch.tensor([[0], [1]]).expand(2, 700)
