@@ -27,7 +27,11 @@ from anchorda import (
     CategoryAnchors,
     ClassSums,
     ConfusionMatrix,
+    InformationMaximization,
+    LabelAgreement,
+    NuclearNorm,
     PseudoLabelQuality,
+    SoftNeighborhoodDensity,
     StageLabeler,
 )
 from anchorda.calibration import ScoreCalibrator
@@ -36,7 +40,8 @@ from tests.oracles import draw, lay_out
 
 Batch = tuple[Tensor, Tensor]
 Report = dict[str, Any]
-Counting = ConfusionMatrix | PseudoLabelQuality | ScoreCalibrator
+Counting = ConfusionMatrix | PseudoLabelQuality | ScoreCalibrator | LabelAgreement
+OfLogits = SoftNeighborhoodDensity | InformationMaximization | NuclearNorm
 
 SECONDS = 120  # A hang is a failure: of a collective after half of this, of a rank after all.
 TOLERANCE = 1e-12
@@ -47,7 +52,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Batches of ranks 0 to 3, never as many on each; the second time some rank has seen nothing.
 SHARES = {"uneven": [2, 1, 3, 1], "one empty": [0, 2, 1, 3]}
-COUNTING: list[type[Counting]] = [ConfusionMatrix, PseudoLabelQuality, ScoreCalibrator]
+COUNTING: list[type[Counting]] = [
+    ConfusionMatrix,
+    PseudoLabelQuality,
+    ScoreCalibrator,
+    LabelAgreement,
+]
+OF_LOGITS: list[type[OfLogits]] = [SoftNeighborhoodDensity, InformationMaximization, NuclearNorm]
 
 
 def batch_of(rank: int, world: int, number: int, images: int = 2) -> Batch:
@@ -81,6 +92,14 @@ def counted(kind: type[Counting], batches: list[Batch]) -> Counting:
             state.update(labels, features[:, 0].abs(), truth=labels.roll(1))
         else:
             state.update(labels.roll(1), labels)
+    return state
+
+
+def scored(kind: type[OfLogits], batches: list[Batch]) -> OfLogits:
+    """A score of the features, taken for logits; its shapes come with the first batch."""
+    state = kind()
+    for features, _ in batches:
+        state.update(features)
     return state
 
 
@@ -156,7 +175,7 @@ def _report_passed(
         if isinstance(state, CategoryAnchors):
             state.update(*batches[0])
         else:
-            state.counts += counted(type(state), batches).counts
+            state.counts.add_(counted(type(state), batches).counts)
         all_reduce(state)
         report[f"passed {kind.__name__}"] = state.counts.clone()
         report[f"passed filled {kind.__name__}"] = filled.counts.clone()
@@ -221,6 +240,10 @@ def _report_share(report: Report, rank: int, world: int, share: str) -> None:
         state = counted(kind, stream)
         all_reduce(state)
         report[f"{share} {kind.__name__}"] = state.counts
+    for of_logits in OF_LOGITS:
+        score = scored(of_logits, stream)
+        all_reduce(score)
+        report[f"{share} {of_logits.__name__}"] = score.compute()[None]
     report[f"{share} stage"] = staged(stream).centroids
 
 
@@ -501,7 +524,21 @@ def test_parallel_training_loses_anchors_inside_of_the_wrapped_module(
         assert report["parallel not broadcast"].tolist() == [12, 12]
 
 
-KINDS = "CategoryAnchors, ConfusionMatrix, PseudoLabelQuality, ScoreCalibrator"
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", OF_LOGITS)
+def test_scores_of_logits_are_those_of_one_process(
+    reports: list[Report], share: str, kind: type[OfLogits]
+) -> None:
+    name, expected = (
+        f"{share} {kind.__name__}",
+        scored(kind, whole(len(reports), share)).compute()[None],
+    )
+    for report in reports:
+        assert torch.equal(report[name], reports[0][name])
+        torch.testing.assert_close(report[name], expected, rtol=TOLERANCE, atol=0)
+
+
+KINDS = ", ".join(kind.__name__ for kind in (CategoryAnchors, *COUNTING, *OF_LOGITS))
 
 
 def test_wrong_kinds_are_rejected(reports: list[Report]) -> None:
@@ -531,6 +568,11 @@ def test_a_single_process_needs_no_group() -> None:
         expected = state.counts.clone()
         all_reduce(state)
         assert torch.equal(state.counts, expected)
+    for of_logits in OF_LOGITS:
+        score = scored(of_logits, stream)
+        before_reduction = score.compute()
+        all_reduce(score)
+        assert torch.equal(score.compute(), before_reduction)
     with pytest.raises(TypeError, match=f"Expected `state` to be one of {KINDS}, but got Tensor"):
         all_reduce(torch.zeros(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Expected `class_sums` to be ClassSums, but got tuple"):

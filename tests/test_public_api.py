@@ -17,17 +17,18 @@ from pathlib import Path
 from types import ModuleType
 
 import anchorda
+from anchorda import plots
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
 
 def public_names() -> dict[str, object]:
     """What users may import, and by which name."""
-    released = anchorda.released
     own = {
-        f"released.{name}": value
-        for name, value in vars(released).items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == released.__name__
+        f"{module.__name__.partition('.')[2]}.{name}": value
+        for module in (plots, anchorda.released)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
     }
     return {name: getattr(anchorda, name) for name in sorted(anchorda.__all__)} | own
 

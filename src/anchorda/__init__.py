@@ -36,6 +36,12 @@ from .pseudo_labels import (
     combine_pseudo_labels,
     rectify,
 )
+from .selection import (
+    InformationMaximization,
+    LabelAgreement,
+    NuclearNorm,
+    SoftNeighborhoodDensity,
+)
 from .stages import StageLabeler, StageLabels
 from .taps import FeatureTap
 
@@ -51,11 +57,15 @@ __all__ = [
     "ConfusionMatrix",
     "DiscriminativeLoss",
     "FeatureTap",
+    "InformationMaximization",
+    "LabelAgreement",
+    "NuclearNorm",
     "PrecisionCoverage",
     "ProbabilityPseudoLabeler",
     "PseudoLabelQuality",
     "PseudoLabels",
     "ScoreCalibrator",
+    "SoftNeighborhoodDensity",
     "StageLabeler",
     "StageLabels",
     "all_reduce",

@@ -30,10 +30,13 @@ def move_buffers(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def adopt_shapes(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Give buffers the shapes that are about to be loaded: a threshold is () or (C,)."""
+    """Give buffers the shapes that are about to be loaded: a threshold is () or (C,).
+
+    A state that is allocated with its first batch has C from the file as well.
+    """
     for name, buffer in module.named_buffers(recurse=False):
         saved = state_dict.get(prefix + name)
-        if isinstance(saved, Tensor) and saved.ndim <= 1:
+        if isinstance(saved, Tensor) and saved.ndim <= max(1, buffer.ndim):
             setattr(module, name, buffer.new_empty(saved.shape))
 
 

@@ -15,6 +15,7 @@ simplest, or wrap it with ``broadcast_buffers=False`` (``forward_sync_buffers=Fa
 PyTorch that have renamed it); and call `all_reduce` when the pass is over.
 """
 
+import copy
 from typing import TypeAlias, get_args
 
 import torch
@@ -25,8 +26,17 @@ from ._checks import check_sums
 from .anchors import CategoryAnchors, ClassSums
 from .calibration import ScoreCalibrator
 from .evaluation import ConfusionMatrix, PseudoLabelQuality
+from .selection import InformationMaximization, LabelAgreement, NuclearNorm, SoftNeighborhoodDensity
 
-State: TypeAlias = CategoryAnchors | ConfusionMatrix | PseudoLabelQuality | ScoreCalibrator
+_OfLogits: TypeAlias = SoftNeighborhoodDensity | InformationMaximization | NuclearNorm
+State: TypeAlias = (
+    CategoryAnchors
+    | ConfusionMatrix
+    | PseudoLabelQuality
+    | ScoreCalibrator
+    | LabelAgreement
+    | _OfLogits
+)
 
 # Enough for the settings of any state; a message of a fixed size fits on ranks that disagree.
 _DESCRIPTION_BYTES = 256
@@ -100,8 +110,9 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
 
     Args:
         state: of this rank, changed in place: `CategoryAnchors`, `ConfusionMatrix`,
-            `PseudoLabelQuality` or `ScoreCalibrator`. Without an initialized ``torch.distributed``
-            it is left as it is.
+            `PseudoLabelQuality`, `ScoreCalibrator`, `LabelAgreement`, `SoftNeighborhoodDensity`,
+            `InformationMaximization` or `NuclearNorm`. Without an initialized
+            ``torch.distributed`` it is left as it is.
         group: the processes that take part; ``None`` is all of them.
 
     Returns:
@@ -128,6 +139,9 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
     check_agreement(state, group)
     if not _ranks(group):
         return
+    if isinstance(state, _OfLogits):
+        _merge_all(state, group)
+        return
     counts = _sum(state.counts, group)
     if isinstance(state, CategoryAnchors):
         # Weighted before they are added up, so that a class of one rank alone keeps its bits, and
@@ -141,7 +155,9 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
 
 def check_agreement(state: State, group: dist.ProcessGroup | None) -> None:
     """Reject on every rank what `all_reduce` would: before the work that leads up to it."""
-    settings = state.extra_repr() or f"num_classes={len(state.counts)}"
+    settings = state.extra_repr()
+    if not settings and not isinstance(state, _OfLogits):
+        settings = f"num_classes={len(state.counts)}"
     description = f"{type(state).__name__}({settings})"
     if state.passed_with_counts:
         description += ", passed with counts"
@@ -189,6 +205,22 @@ def _check_agreement(
             f"Expected the same state on every rank, but got {got}. "
             "Create it with the same settings in every process."
         )
+
+
+def _merge_all(state: _OfLogits, group: dist.ProcessGroup | None) -> None:
+    """Replace a state by the states of all ranks, merged in their order.
+
+    Its shapes depend on what a rank has seen, so the states travel as objects; they are small.
+    """
+    own = {name: buffer.cpu() for name, buffer in state.state_dict().items()}
+    gathered: list[dict[str, Tensor]] = [{} for _ in _ranks(group)]
+    dist.all_gather_object(gathered, own, group=group)
+    merged, other = copy.deepcopy(state).cpu(), copy.deepcopy(state).cpu()
+    merged.reset()
+    for part in gathered:
+        other.load_state_dict(part)
+        merged.merge(other)  # type: ignore[arg-type]  # both are copies of one state
+    state.load_state_dict(merged.state_dict())
 
 
 def _sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

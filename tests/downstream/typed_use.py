@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import anchorda
+from anchorda import plots
 from anchorda.released import CagUdaLoss, cag_uda_loss, load_category_anchors
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -121,6 +123,33 @@ def released_step(step: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
     loss = cag_uda_loss(*step, torch.zeros(19, 256), distance_weight=0.7)
     assert_type(loss, CagUdaLoss)
     return loss.total
+
+
+def choose(networks: list[nn.Module], target: list[Tensor]) -> Tensor:
+    best: list[Tensor] = []
+    for network in networks:
+        density = anchorda.SoftNeighborhoodDensity(temperature=0.05)
+        information, norm = anchorda.InformationMaximization(), anchorda.NuclearNorm()
+        agreement = anchorda.LabelAgreement(num_classes=19)
+        for images in target:
+            features, logits = network(images)
+            for score in (density, information, norm):
+                score.update(logits)
+            agreement.update(logits.argmax(dim=1), features.argmax(dim=1))
+        anchorda.all_reduce(density)
+        assert_type(density.compute(), Tensor)
+        best.append(information.compute() + norm.compute() + agreement.compute())
+    return torch.stack(best)
+
+
+def draw(axes: Axes, features: Tensor, labels: Tensor, anchors: Tensor, scores: Tensor) -> Axes:
+    calibrator = anchorda.ScoreCalibrator(num_classes=19)
+    colors = plots.class_colors(19)
+    plots.plot_features(axes, features, labels, anchors, projection="discriminants")
+    plots.plot_anchor_distances(axes, anchors)
+    plots.plot_scores(axes, calibrator, 0.5)
+    plots.plot_coverage_and_precision(axes, {"target": calibrator}, 3, [0.5] * 19)
+    return plots.plot_labels(axes, labels[0], scores[0], colors=colors)
 
 
 def evaluate(stage: anchorda.StageLabeler, batches: Batches) -> Tensor:
