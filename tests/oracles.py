@@ -85,6 +85,30 @@ def class_sums(x: Array, y: Labels, num_classes: int) -> tuple[Array, Labels]:
     return sums, counts
 
 
+def soft_class_sums(x: Array, p: Array) -> tuple[Array, Array]:
+    sums, counts = np.zeros((p.shape[1], x.shape[1])), np.zeros(p.shape[1])
+    for feature, probabilities in zip(x, p, strict=True):
+        if np.isfinite(feature).all() and np.isfinite(probabilities).all():
+            for c, probability in enumerate(probabilities):
+                sums[c] += probability * feature
+                counts[c] += probability
+    return sums, counts
+
+
+def within_class_scatter(x: Array, y: Labels, num_classes: int) -> tuple[Array, Array, Labels]:
+    """Means (C, D), NaN where unseen, scatters (C, D, D) about them, and counts (C,)."""
+    sums, counts = class_sums(x, y, num_classes)
+    means = np.full(sums.shape, math.nan)
+    scatters = np.zeros((*sums.shape, x.shape[1]))
+    for c in range(num_classes):
+        if counts[c] > 0:
+            means[c] = sums[c] / counts[c]
+    for feature, label in zip(x, y, strict=True):
+        if 0 <= label < num_classes and np.isfinite(feature).all():
+            scatters[label] += np.outer(feature - means[label], feature - means[label])
+    return means, scatters, counts
+
+
 def image_centroids(
     x: Array, y: Labels, num_classes: int, min_pixels: int, ignore_index: int
 ) -> tuple[Array, Labels]:

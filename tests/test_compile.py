@@ -21,6 +21,8 @@ _probabilities = anchorda.ProbabilityPseudoLabeler(0.5)
 _discriminative = anchorda.DiscriminativeLoss(label_smoothing=0.1)
 _accumulator = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
 _other = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
+_covariance = anchorda.WithinClassCovariance(NUM_CLASSES, 3)
+_variances = anchorda.ClassVariances(NUM_CLASSES, 3)
 _confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
 _quality = anchorda.PseudoLabelQuality(NUM_CLASSES)
 _calibrator = anchorda.ScoreCalibrator(NUM_CLASSES)
@@ -35,6 +37,14 @@ def _update_anchors(features: Tensor, labels: Tensor, logits: Tensor, anchors: T
     _other.update_sums(anchors, torch.tensor([1, 0, 2, 3]))
     _accumulator.merge(_other)
     return _accumulator.compute()
+
+
+def _moments(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> list[Tensor]:
+    del logits, anchors
+    for state in (_covariance, _variances):
+        state.reset()
+        state.update(features, labels)
+    return [_covariance.compute(), *_variances.compute()]
 
 
 def _evaluate(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> list[Tensor]:
@@ -97,6 +107,11 @@ CASES: dict[str, Case] = {
         x, y, a, similarity="cosine", pixel_weights=z[:, 0].sigmoid()
     ),
     "probabilities_of_anchors": lambda x, y, z, a: anchorda.anchor_probabilities(x, a),
+    "moments": _moments,
+    "soft_class_sums": lambda x, y, z, a: anchorda.soft_class_sums(x, z.softmax(1)),
+    "discriminant": lambda x, y, z, a: anchorda.linear_discriminant(
+        a, torch.eye(3, device=a.device)
+    ).logits(x),
     "rectify": lambda x, y, z, a: anchorda.rectify(z.softmax(1), z.flip(0).softmax(1)),
     "discriminative": lambda x, y, z, a: _discriminative(z, y),
 }
@@ -252,6 +267,7 @@ def test_results_on_the_meta_device_have_the_shapes_and_dtypes_of_real_ones() ->
             "CategoryAnchors",
             "ScoreCalibrator",
             "evaluation",
+            "moments",
             "margins",
             "combine",
             "several",

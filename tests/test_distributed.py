@@ -26,6 +26,7 @@ import anchorda
 from anchorda import (
     CategoryAnchors,
     ClassSums,
+    ClassVariances,
     ConfusionMatrix,
     InformationMaximization,
     LabelAgreement,
@@ -33,6 +34,7 @@ from anchorda import (
     PseudoLabelQuality,
     SoftNeighborhoodDensity,
     StageLabeler,
+    WithinClassCovariance,
 )
 from anchorda.calibration import ScoreCalibrator
 from anchorda.distributed import _meeting_place, all_reduce, all_reduce_class_sums
@@ -59,6 +61,10 @@ COUNTING: list[type[Counting]] = [
     LabelAgreement,
 ]
 OF_LOGITS: list[type[OfLogits]] = [SoftNeighborhoodDensity, InformationMaximization, NuclearNorm]
+SCATTERS: list[type[ClassVariances | WithinClassCovariance]] = [
+    ClassVariances,
+    WithinClassCovariance,
+]
 
 
 def batch_of(rank: int, world: int, number: int, images: int = 2) -> Batch:
@@ -101,6 +107,24 @@ def scored(kind: type[OfLogits], batches: list[Batch]) -> OfLogits:
     for features, _ in batches:
         state.update(features)
     return state
+
+
+def scattered(
+    kind: type[ClassVariances | WithinClassCovariance], batches: list[Batch]
+) -> ClassVariances | WithinClassCovariance:
+    state = kind(5, 3)
+    for features, labels in batches:
+        state.update(features, labels)
+    return state
+
+
+def soft_sums_of(batches: list[Batch]) -> ClassSums:
+    sums, counts = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for features, _ in batches:
+        part = anchorda.soft_class_sums(features, features.softmax(dim=1))
+        sums += part.sums
+        counts += part.counts
+    return ClassSums(sums, counts)
 
 
 def staged(batches: list[Batch]) -> StageLabeler:
@@ -244,6 +268,13 @@ def _report_share(report: Report, rank: int, world: int, share: str) -> None:
         score = scored(of_logits, stream)
         all_reduce(score)
         report[f"{share} {of_logits.__name__}"] = score.compute()[None]
+    for scatters in SCATTERS:
+        moments = scattered(scatters, stream)
+        all_reduce(moments)
+        for name, value in moments.state_dict().items():
+            report[f"{share} {scatters.__name__} {name}"] = value
+    soft = soft_sums_of(stream)
+    report[f"{share} soft sums"], report[f"{share} soft counts"] = all_reduce_class_sums(soft)
     report[f"{share} stage"] = staged(stream).centroids
 
 
@@ -462,6 +493,18 @@ def test_counts_are_those_of_one_process(
     assert torch.equal(reports[0][f"{share} {kind.__name__}"], expected.counts)
 
 
+@pytest.mark.parametrize("share", SHARES)
+def test_scatters_and_soft_sums_are_those_of_one_process(reports: list[Report], share: str) -> None:
+    stream = whole(len(reports), share)
+    for kind in SCATTERS:
+        for name, expected in scattered(kind, stream).state_dict().items():
+            actual = reports[0][f"{share} {kind.__name__} {name}"]
+            torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=1e-13)
+    for name, expected in zip(("sums", "counts"), soft_sums_of(stream), strict=True):
+        actual = reports[0][f"{share} soft {name}"]
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=1e-13)
+
+
 ANCHORS = "CategoryAnchors(num_classes={}, feature_dim={}, max_count={}, momentum={})"
 SUMS = "ClassSums(sums=({}, {}) torch.{}, counts=(5,) torch.int64)"
 
@@ -538,7 +581,9 @@ def test_scores_of_logits_are_those_of_one_process(
         torch.testing.assert_close(report[name], expected, rtol=TOLERANCE, atol=0)
 
 
-KINDS = ", ".join(kind.__name__ for kind in (CategoryAnchors, *COUNTING, *OF_LOGITS))
+KINDS = ", ".join(
+    kind.__name__ for kind in (CategoryAnchors, *SCATTERS[::-1], *COUNTING, *OF_LOGITS)
+)
 
 
 def test_wrong_kinds_are_rejected(reports: list[Report]) -> None:

@@ -24,7 +24,7 @@ FLOORS = [
     {"_ops.cpu", "_ops.plain"},
     {"_ops"},
     {"_state", "_similarity"},
-    {"anchors", "pseudo_labels", "losses", "taps"},
+    {"anchors", "statistics", "pseudo_labels", "losses", "taps"},
     {"evaluation", "calibration", "selection", "plots", "distributed", "stages", "released"},
     {""},
 ]
@@ -37,7 +37,15 @@ PUBLIC = [
 ]
 # Results; their fields are documented one by one.
 RESULTS = {
-    *("AnchorHealth", "ClassSums", "PrecisionCoverage", "PseudoLabels", "StageLabels"),
+    *(
+        "AnchorHealth",
+        "ClassMoments",
+        "ClassSums",
+        "LinearDiscriminant",
+        "PrecisionCoverage",
+        "PseudoLabels",
+        "StageLabels",
+    ),
     "released.CagUdaLoss",
 }
 

@@ -8,6 +8,7 @@ from .anchors import (
     image_centroids,
     keep_correct,
     resize_labels,
+    soft_class_sums,
 )
 from .calibration import (
     AnchorHealth,
@@ -43,6 +44,13 @@ from .selection import (
     SoftNeighborhoodDensity,
 )
 from .stages import StageLabeler, StageLabels
+from .statistics import (
+    ClassMoments,
+    ClassVariances,
+    LinearDiscriminant,
+    WithinClassCovariance,
+    linear_discriminant,
+)
 from .taps import FeatureTap
 
 __version__ = "0.1.0"
@@ -53,12 +61,15 @@ __all__ = [
     "AnchorHealth",
     "AnchorPseudoLabeler",
     "CategoryAnchors",
+    "ClassMoments",
     "ClassSums",
+    "ClassVariances",
     "ConfusionMatrix",
     "DiscriminativeLoss",
     "FeatureTap",
     "InformationMaximization",
     "LabelAgreement",
+    "LinearDiscriminant",
     "NuclearNorm",
     "PrecisionCoverage",
     "ProbabilityPseudoLabeler",
@@ -68,6 +79,7 @@ __all__ = [
     "SoftNeighborhoodDensity",
     "StageLabeler",
     "StageLabels",
+    "WithinClassCovariance",
     "all_reduce",
     "all_reduce_class_sums",
     "anchor_contrastive_loss",
@@ -80,8 +92,10 @@ __all__ = [
     "discriminative_loss",
     "image_centroids",
     "keep_correct",
+    "linear_discriminant",
     "margin_limits",
     "rectify",
     "resize_labels",
+    "soft_class_sums",
     "warn_unreachable_margins",
 ]

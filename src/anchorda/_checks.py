@@ -58,6 +58,27 @@ def check_features(features: Tensor, name: str = "features") -> None:
     check_floating(features, name)
 
 
+def check_feature_dim(features: Tensor, dim: int, fix: str = "") -> None:
+    """Reject features (N, D, *) of another number of channels. ``fix`` may name that, as ``{}``."""
+    if features.shape[1] != dim:
+        raise ValueError(
+            f"Expected `features` of shape (N, D, *) with D = {dim}, but got "
+            f"{tuple(features.shape)}.{fix.format(features.shape[1])}"
+        )
+
+
+def check_same_pixels(value: Tensor, name: str, features: Tensor) -> None:
+    """Reject what is not a floating-point tensor (N, C, *) over the pixels of the features."""
+    check_features(value, name)
+    if value.shape[0] != features.shape[0] or value.shape[2:] != features.shape[2:]:
+        expected = ", ".join(map(str, (features.shape[0], "C", *features.shape[2:])))
+        raise ValueError(
+            f"Expected `{name}` of shape ({expected}) to match `features`, "
+            f"but got {tuple(value.shape)}."
+        )
+    check_device(value, name, features, "features")
+
+
 def check_logits(logits: Tensor, name: str = "logits") -> None:
     """Reject what is not a floating-point tensor (N, C, *), C ≥ 2."""
     check_features(logits, name)

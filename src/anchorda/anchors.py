@@ -18,6 +18,7 @@ from ._checks import (
     check_choice,
     check_count,
     check_device,
+    check_feature_dim,
     check_features,
     check_fits,
     check_ignore_index,
@@ -26,6 +27,7 @@ from ._checks import (
     check_logits,
     check_mergeable,
     check_range,
+    check_same_pixels,
     check_size,
     check_sums,
 )
@@ -39,7 +41,8 @@ class ClassSums(NamedTuple):
     sums: Tensor
     """(C, D) float64: the sum of the features of each class."""
     counts: Tensor
-    """(C,) int64: how many features each sum holds."""
+    """(C,) int64: how many features each sum holds; of `soft_class_sums` float64, the sum of
+    their memberships."""
 
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> ClassSums:
@@ -77,6 +80,38 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> ClassSums:
     check_labels(labels, features)
     num_classes = check_count(num_classes, "num_classes")
     return ClassSums(*_ops.class_sums(features.detach(), labels, num_classes))
+
+
+def soft_class_sums(features: Tensor, probabilities: Tensor) -> ClassSums:
+    r"""Sum the features of each class by soft membership.
+
+    .. math:: s_c = \sum_i p_{i,c}\, x_i, \qquad n_c = \sum_i p_{i,c}
+
+    A pixel whose feature or probabilities hold a NaN or an infinity is left out. The sums are
+    accumulated in float64 (float32 on a device without it) and carry no gradient.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        probabilities: p, ``(N, C, *)``, floating point: memberships, or any weights.
+
+    Returns:
+        ``ClassSums(sums (C, D), counts (C,))``, both float64. Sums divided by counts are the soft
+        centroids; a count of 0 is an unseen class.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape or a device is wrong.
+
+    Source: SHOT (arXiv 2002.08546), equation 4.
+
+    >>> features = torch.tensor([[1.0], [5.0]])
+    >>> soft_class_sums(features, torch.tensor([[1.0, 0.0], [0.25, 0.75]]))
+    ClassSums(sums=tensor([[2.2500],
+            [3.7500]], dtype=torch.float64), counts=tensor([1.2500, 0.7500], dtype=torch.float64))
+    """
+    check_features(features)
+    check_same_pixels(probabilities, "probabilities", features)
+    return ClassSums(*_ops.soft_class_sums(features.detach(), probabilities.detach()))
 
 
 def image_centroids(
@@ -400,11 +435,7 @@ class CategoryAnchors(nn.Module):
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of features ``(N, D, *)`` with labels ``(N, *)``; see `class_sums`."""
         check_features(features)
-        if features.shape[1] != self.feature_dim:
-            raise ValueError(
-                f"Expected `features` of shape (N, D, *) with D = {self.feature_dim}, "
-                f"but got {tuple(features.shape)}. Set feature_dim={features.shape[1]}."
-            )
+        check_feature_dim(features, self.feature_dim, " Set feature_dim={}.")
         if has_float64(features.device):
             check_device(self.means, "anchors", features, "features")
         self.update_sums(*class_sums(features, labels, self.num_classes))

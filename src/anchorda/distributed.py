@@ -27,10 +27,13 @@ from .anchors import CategoryAnchors, ClassSums
 from .calibration import ScoreCalibrator
 from .evaluation import ConfusionMatrix, PseudoLabelQuality
 from .selection import InformationMaximization, LabelAgreement, NuclearNorm, SoftNeighborhoodDensity
+from .statistics import ClassVariances, WithinClassCovariance, scatter_of_means
 
 _OfLogits: TypeAlias = SoftNeighborhoodDensity | InformationMaximization | NuclearNorm
 State: TypeAlias = (
     CategoryAnchors
+    | WithinClassCovariance
+    | ClassVariances
     | ConfusionMatrix
     | PseudoLabelQuality
     | ScoreCalibrator
@@ -56,11 +59,12 @@ def all_reduce_class_sums(
     is looked at first, for which the host waits for the GPU.
 
     Args:
-        class_sums: of this rank: sums ``(C, D)``, floating point, and counts ``(C,)``, integer.
+        class_sums: of this rank: sums ``(C, D)``, floating point, and counts ``(C,)``, integer, or
+            floating point of `soft_class_sums`.
         group: the processes that take part; ``None`` is all of them.
 
     Returns:
-        ``ClassSums(sums (C, D), counts (C,) int64)``, new tensors on the devices of the given ones;
+        ``ClassSums(sums (C, D), counts (C,))``, new tensors on the devices of the given ones;
         the sums are added up in float64 and keep their dtype. Without an initialized
         ``torch.distributed`` the values are those given.
 
@@ -86,14 +90,16 @@ def all_reduce_class_sums(
     sums, counts = class_sums
     shapes = f"sums={tuple(sums.shape)} {sums.dtype}, counts={tuple(counts.shape)} {counts.dtype}"
     _check_agreement(f"ClassSums({shapes})", sums.device, group)
-    check_sums(sums, counts, (len(counts), sums.shape[-1]))
-    return ClassSums(_sum(sums, group), _sum(counts.long(), group))
+    is_soft = isinstance(counts, Tensor) and counts.is_floating_point()
+    check_sums(sums, counts.long() if is_soft else counts, (len(counts), sums.shape[-1]))
+    return ClassSums(_sum(sums, group), _sum(counts if is_soft else counts.long(), group))
 
 
 def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
     r"""Make every rank hold what one process would that saw the streams of all ranks, in place.
 
-    Counts are added up. Anchors are averaged with their counts as weights:
+    Counts are added up, and so are scatters, about the means of all ranks. Anchors are averaged
+    with their counts as weights:
 
     .. math:: a_c = \sum_r \frac{n_c^{(r)}}{n_c}\, a_c^{(r)}, \qquad n_c = \sum_r n_c^{(r)}
 
@@ -109,10 +115,10 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
     look in between, reduce a ``copy.deepcopy``.
 
     Args:
-        state: of this rank, changed in place: `CategoryAnchors`, `ConfusionMatrix`,
-            `PseudoLabelQuality`, `ScoreCalibrator`, `LabelAgreement`, `SoftNeighborhoodDensity`,
-            `InformationMaximization` or `NuclearNorm`. Without an initialized
-            ``torch.distributed`` it is left as it is.
+        state: of this rank, changed in place: `CategoryAnchors`, `WithinClassCovariance`,
+            `ClassVariances`, `ConfusionMatrix`, `PseudoLabelQuality`, `ScoreCalibrator`,
+            `LabelAgreement`, `SoftNeighborhoodDensity`, `InformationMaximization` or `NuclearNorm`.
+            Without an initialized ``torch.distributed`` it is left as it is.
         group: the processes that take part; ``None`` is all of them.
 
     Returns:
@@ -143,13 +149,18 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
         _merge_all(state, group)
         return
     counts = _sum(state.counts, group)
-    if isinstance(state, CategoryAnchors):
+    if isinstance(state, (CategoryAnchors, ClassVariances, WithinClassCovariance)):
         # Weighted before they are added up, so that a class of one rank alone keeps its bits, and
         # what is handed out is the result. An unseen class is 0 times a share of 0/1.
         shares = state.counts.to(state.means.dtype) / counts.clamp(min=1)
-        state.means.copy_(_sum(state.means * shares[:, None], group))
-        if state.max_count is not None:
+        means = _sum(state.means * shares[:, None], group)
+        if not isinstance(state, CategoryAnchors):
+            # A scatter about the means of all ranks is that about one's own plus that of the means.
+            between = scatter_of_means(state, state.means - means, state.counts)
+            state.scatter.copy_(_sum(state.scatter + between, group))
+        elif state.max_count is not None:
             counts.clamp_(max=state.max_count)
+        state.means.copy_(means)
     state.counts.copy_(counts)
 
 

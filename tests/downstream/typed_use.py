@@ -37,6 +37,23 @@ def make_anchors(network: nn.Module, source: Batches) -> Tensor:
     return anchors.compute()
 
 
+def make_discriminant(source: Batches) -> anchorda.LinearDiscriminant:
+    covariance = anchorda.WithinClassCovariance(num_classes=19, feature_dim=256)
+    variances = anchorda.ClassVariances(num_classes=19, feature_dim=256)
+    for features, labels in source:
+        covariance.update(features, labels)
+        variances.update(features, labels)
+        sums, counts = anchorda.soft_class_sums(features, features.softmax(dim=1))
+        assert_type(sums / counts[:, None], Tensor)
+    for state in (covariance, variances):
+        anchorda.all_reduce(state)
+    moments = variances.compute()
+    assert_type(moments, anchorda.ClassMoments)
+    discriminant = anchorda.linear_discriminant(moments.means, covariance.compute(), shrinkage=0.1)
+    assert_type(discriminant.logits(moments.means), Tensor)
+    return discriminant
+
+
 def to_numpy_and_back(anchors: anchorda.CategoryAnchors, path: Path) -> anchorda.CategoryAnchors:
     centroids: npt.NDArray[np.float32] = anchors.compute().numpy()
     counts: npt.NDArray[np.int64] = anchors.counts.numpy()
