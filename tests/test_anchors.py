@@ -226,6 +226,16 @@ def test_resize_labels(
         np.testing.assert_array_equal(new, expected)
 
 
+@pytest.mark.parametrize("size", [(2, 3), (19, 29), (25, 40)])
+def test_majority_of_extreme_labels(size: tuple[int, int]) -> None:
+    limits = torch.iinfo(torch.int64)
+    labels = torch.tensor([limits.min, -1, 0, limits.max])[torch.randint(4, (2, 20, 30))]
+    resized = anchorda.resize_labels(labels, size, mode="majority", min_ratio=0.3, ignore_index=7)
+    for image, expected in zip(labels, resized, strict=True):
+        oracle = oracles.resize_majority(image.numpy(), size, 0.3, 7)
+        np.testing.assert_array_equal(expected.numpy(), oracle)
+
+
 @pytest.mark.parametrize("total", range(1, 13))
 def test_majority_needs_at_least_its_ratio(total: int) -> None:
     for part in range(total // 2 + 1, total + 1):

@@ -1,7 +1,8 @@
-"""A labeler with its anchors, exported by torch.export, for any size of its input."""
+"""A labeler with its anchors, exported by torch.export and to ONNX, for any size of its input."""
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +57,37 @@ def test_exported_labeler(relative: bool, per_class: bool) -> None:
     # No size is special: not 1, nor that of the example; and the labels say something.
     labels, _ = loaded(draw((2, 30, 30), num_classes=4).features)
     assert {*labels.unique().tolist()} == {0, 1, 3, 255}
+
+
+# Of the exporter about its own use of deprecated functions, and of the evaluator about NaN.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(("relative", "several"), [(False, False), (True, True)])
+def test_labeler_in_onnx(relative: bool, several: bool, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    from onnx.reference import ReferenceEvaluator
+
+    centroids = torch.randn(4, 2, 3) if several else torch.randn(4, 3)
+    centroids[2] = math.nan
+    module = Labeling(centroids, AnchorPseudoLabeler([0.1, 0.2, 0.3, 0.4], relative=relative))
+    sizes = {i: torch.export.Dim(name) for i, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    torch.onnx.export(
+        module.eval(),
+        (torch.randn(2, 3, 8, 6),),
+        tmp_path / "labeler.onnx",
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes={"features": sizes},
+    )
+    evaluator = ReferenceEvaluator(onnx.load(tmp_path / "labeler.onnx"))
+    (name,) = evaluator.input_names
+    for shape in ((2, 8, 6), (3, 17, 5)):
+        features = draw(shape, num_classes=4).features
+        features[0, 1, 0, 0] = math.nan
+        features[0, 2, 0, 1] = -math.inf
+        labels, scores = evaluator.run(None, {name: features.numpy()})
+        expected = module(features)
+        assert torch.equal(torch.from_numpy(labels), expected[0])
+        assert {*expected[0].unique().tolist()} >= {0, 1, 3, 255}
+        torch.testing.assert_close(torch.from_numpy(scores), expected[1], rtol=1e-6, atol=1e-6)

@@ -1,6 +1,5 @@
 """Class anchors: per-class sums, per-image centroids, and their streaming accumulator."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, final
 
@@ -31,6 +30,7 @@ from ._checks import (
     check_size,
     check_sums,
 )
+from ._ops.majority import majority
 from ._ops.reference import has_float64
 from ._state import move_buffers, receive_state, sent_state
 
@@ -248,45 +248,14 @@ def resize_labels(
     spatial = labels.shape[1:]
     if mode == "majority":
         ignore_index = check_fits(ignore_index, labels)
-        return _majority(labels, size, min_ratio, ignore_index)
+        # An operator only where it is traced: the first call of any operator takes a second.
+        resize = _ops.majority if torch.compiler.is_compiling() else majority
+        resized: Tensor = resize(labels, size, min_ratio, ignore_index) if size else labels
+        return resized
     for dim, new in enumerate(size):
         nearest = torch.arange(new, device=labels.device) * spatial[dim] // new
         labels = labels.index_select(dim + 1, nearest)
     return labels
-
-
-def _majority(labels: Tensor, size: Sequence[int], min_ratio: float, ignore_index: int) -> Tensor:
-    index, inside = _cells(labels.shape[1:], size, labels.device)
-    padding = torch.iinfo(torch.int64).max
-    cells = labels.long().reshape(labels.shape[0], math.prod(labels.shape[1:]))[:, index]
-    cells = torch.where(inside, cells, padding).sort(dim=-1).values
-    # Sorted, equal labels form runs; how long each run is so far is known at each of its places.
-    place = torch.arange(cells.shape[-1], device=labels.device)
-    starts = cells.diff(dim=-1, prepend=cells[..., :1]) != 0
-    lengths = place - torch.where(starts, place, 0).cummax(dim=-1).values + 1
-    lengths = torch.where(cells == padding, 0, lengths)
-    longest = lengths.amax(dim=-1, keepdim=True)
-    most_frequent = torch.where(lengths == longest, cells, padding).amin(dim=-1)
-    enough = longest.squeeze(-1) / inside.sum(dim=-1) >= min_ratio
-    return torch.where(enough, most_frequent, ignore_index).to(labels.dtype)
-
-
-def _cells(old: Sequence[int], new: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Flat indices (*new, K) of the pixels in each cell, and which of the K are in it."""
-    rank = len(new)
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    inside = torch.ones((), dtype=torch.bool, device=device)
-    for dim, n in enumerate(new):
-        o = old[dim]
-        widest = o // n if o % n == 0 else o // n + 2
-        cell = torch.arange(n, device=device)[:, None]
-        pixel = cell * o // n + torch.arange(widest, device=device)
-        stop = ((cell + 1) * o + n - 1) // n
-        shape = [1] * (2 * rank)
-        shape[dim], shape[rank + dim] = n, widest
-        index = index * o + pixel.clamp(max=o - 1).reshape(shape)
-        inside = inside & (pixel < stop).reshape(shape)
-    return index.flatten(rank), inside.flatten(rank)
 
 
 @final

@@ -23,6 +23,7 @@ from ._checks import (
     check_positive,
     check_same_labels,
 )
+from ._ops import exportable
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import adopt_shapes, move_buffers
 
@@ -69,7 +70,8 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
     """
     check_features(features)
     check_anchors(anchors, features)
-    distances: Tensor = _ops.anchor_distances(features, anchors.detach())
+    operators = exportable if torch.onnx.is_in_onnx_export() else _ops
+    distances: Tensor = operators.anchor_distances(features, anchors.detach())
     return distances
 
 
@@ -263,7 +265,8 @@ class AnchorPseudoLabeler(nn.Module):
         check_anchors(anchors, features)
         check_per_class(self.min_margin, "min_margin", anchors, "anchors", anchors.shape[0])
         check_ignore_index(self.ignore_index, anchors.shape[0])
-        classes, nearest, second = _ops.nearest_anchors(features.detach(), anchors.detach())
+        operators = exportable if torch.onnx.is_in_onnx_export() else _ops
+        classes, nearest, second = operators.nearest_anchors(features.detach(), anchors.detach())
         if self.relative:
             margins = torch.where(second > 0, 1 - nearest / second, 0.0)
         else:

@@ -7,6 +7,7 @@ faster path than `reference` are sent to it: `kernels` on a GPU, `cpu` on a CPU.
 
 import functools
 import subprocess
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from . import majority as majority_
 from .plain import map_distances as map_distances
 from .plain import map_distances_backward as map_distances_backward
 from .plain import quadratic_forms as quadratic_forms
@@ -54,6 +56,17 @@ def _fastest(
     if kernels is None or not kernels.takes(features, *others, num_classes=num_classes):
         return plain
     return kernels
+
+
+@torch.library.custom_op("anchorda::majority", mutates_args=())
+def majority(labels: Tensor, size: Sequence[int], min_ratio: float, ignore_index: int) -> Tensor:
+    """See `majority.majority`."""
+    return majority_.majority(labels, size, min_ratio, ignore_index)
+
+
+@majority.register_fake
+def _(labels: Tensor, size: Sequence[int], min_ratio: float, ignore_index: int) -> Tensor:
+    return labels.new_empty(labels.shape[0], *size)
 
 
 @torch.library.custom_op("anchorda::class_sums", mutates_args=())
