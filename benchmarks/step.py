@@ -26,13 +26,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gta5_to_citysca
 
 import torch
 import torch.nn.functional as F
-import train
 from classes import IGNORE, NUM_CLASSES
-from loop import Batch, Objective, Term, back_propagate
-from network import Segmenter
+from data import Data
+from engine.loop import Batch, Objective, Term, back_propagate, make_optimizer
+from method import Stage, paper_losses
+from networks.build import new_network
+from networks.segmenter import Segmenter, enlarge, segment
 from operators import distance_by_mask, milliseconds, nearest_by_loop, peak_bytes
+from readers import LabeledImages, ResizeAndCrop, UnlabeledImages
 from seeds import markdown
 from settings import Settings, parse_settings
+from streams import Loading
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -128,17 +132,18 @@ def step_losses(
     *,
     blocks: Blocks,
     stage: anchorda.StageLabeler,
-    settings: Settings,
+    augment: Callable[[Tensor], Tensor],
+    weight: float,
 ) -> dict[str, Term]:
-    """What `train.paper_losses` computes, with exchangeable blocks."""
+    """The losses of `method.paper_losses`, with exchangeable blocks."""
     source, labels, target = batch
     with torch.no_grad():
-        pseudo = pseudo_labels(blocks, stage, *train.segment(stage.network, target, settings))
+        pseudo = pseudo_labels(blocks, stage, *segment(stage.network, target))
     network, both = networks["network"], torch.cat([source, target])
-    features, logits = train.segment(network, train.augment(both, settings), settings)
-    whole = train.enlarge(network, logits[: len(source)], labels.shape[1:])
+    features, logits = segment(network, augment(both))
+    whole = enlarge(network, logits[: len(source)], labels.shape[1:])
     losses = {"source": blocks.classify(whole, labels)} | block_losses(
-        blocks, features, logits, labels, pseudo, stage.centroids, settings.distance_weight
+        blocks, features, logits, labels, pseudo, stage.centroids, weight
     )
     return {name: Term(loss, loss.new_ones(())) for name, loss in losses.items()}
 
@@ -160,12 +165,12 @@ def blocks_alone(
 
 
 @torch.no_grad()
-def settle(network: Segmenter, images: Tensor, settings: Settings) -> None:
+def settle(network: Segmenter, images: Tensor) -> None:
     """Fit the statistics of batch norm, without which an untrained network's outputs explode."""
     layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     for layer in layers:
         layer.momentum = 1.0
-    train.segment(network.train(), images, settings)
+    segment(network.train(), images)
     for layer in layers:
         layer.momentum = 0.1
 
@@ -178,30 +183,48 @@ def clear_minimum(scores: Tensor) -> Tensor:
     return middle[widest : widest + 2].mean()
 
 
-def drawn_stage(network: Segmenter, images: Tensor, settings: Settings) -> train.Stage:
+def drawn_stage(network: Segmenter, images: Tensor) -> Stage:
     """A stage whose anchors are features of the images, and whose minimums about half exceed."""
-    anchors = torch.zeros(NUM_CLASSES, network.feature_dim, device=settings.device)
-    labeler = anchorda.StageLabeler(
-        network, anchors, extract=lambda net, images: train.segment(net, images, settings)
-    )
+    anchors = torch.zeros(NUM_CLASSES, network.feature_dim, device=images.device)
+    labeler = anchorda.StageLabeler(network, anchors, extract=segment)
     with torch.no_grad():
-        features, _ = train.segment(labeler.network, images, settings)
+        features, _ = segment(labeler.network, images)
     pixels = features.movedim(1, -1).flatten(0, -2).float()
     labeler.centroids = pixels[torch.randperm(len(pixels), device=pixels.device)[:NUM_CLASSES]]
     _, by_anchor, by_probability = labeler(images)
     labeler.by_anchor = anchorda.AnchorPseudoLabeler(clear_minimum(by_anchor.scores))
     labeler.by_probability = anchorda.ProbabilityPseudoLabeler(clear_minimum(by_probability.scores))
-    counts = torch.ones(NUM_CLASSES, dtype=torch.int64, device=settings.device)
-    return train.Stage(labeler, counts)
+    counts = torch.ones(NUM_CLASSES, dtype=torch.int64, device=images.device)
+    return Stage(labeler, counts)
 
 
 def drawn_batch(settings: Settings) -> list[Tensor]:
     """Source images, their labels, an eighth of them ignored, and target images."""
-    count, (height, width) = settings.stage_batch, settings.crop
-    source, target = torch.rand(2, count, 3, height, width, device=settings.device).unbind()
-    labels = torch.randint(NUM_CLASSES, (count, height, width), device=settings.device)
+    count, (height, width) = settings.stages.stage_batch, settings.data.crop
+    device = settings.run.device
+    source, target = torch.rand(2, count, 3, height, width, device=device).unbind()
+    labels = torch.randint(NUM_CLASSES, (count, height, width), device=device)
     labels[:, : height // 8] = IGNORE
     return [source, labels, target]
+
+
+def no_images(settings: Settings) -> Data:
+    """The augmentation of the settings, and no images: a batch is drawn."""
+    transform = ResizeAndCrop(settings.data.resize)
+    labeled, unlabeled = LabeledImages([], transform), UnlabeledImages([], transform)
+    return Data(
+        source=labeled,
+        source_whole=labeled,
+        held_out=labeled,
+        target=unlabeled,
+        target_whole=unlabeled,
+        evaluation=labeled,
+        analysis=None,
+        evaluated=(),
+        class_weight=None,
+        photometric=settings.data.photometric,
+        loading=Loading(0, torch.device(settings.run.device)),
+    )
 
 
 @torch.no_grad()
@@ -232,21 +255,28 @@ def in_turns(runs: Mapping[str, Callable[[], object]], device: str) -> dict[str,
 
 def measure(settings: Settings) -> list[list[str]]:
     """A row of the table for each way."""
-    device = torch.device(settings.device).type
-    network = train.new_network(settings)
+    device = torch.device(settings.run.device).type
+    network = new_network(settings.network, settings.run.seed, torch.device(settings.run.device))
     batch = drawn_batch(settings)
-    settle(network, batch[2].repeat(2, 1, 1, 1), settings)
-    stage = drawn_stage(network, batch[2], settings)
-    optimizer, _ = train.make_optimizer(network, settings.stage_learning_rate, 10, settings)
-    scaler = torch.amp.GradScaler(device, enabled=settings.precision == "float16")
+    settle(network, batch[2].repeat(2, 1, 1, 1))
+    stage = drawn_stage(network, batch[2])
+    optimizer = make_optimizer(network, settings.stages.stage_learning_rate, settings.training)
+    scaler = torch.amp.GradScaler(device, enabled=network.precision == "float16")
+    data, weight = no_images(settings), settings.stages.distance_weight
     networks = nn.ModuleDict({"network": network})
     example = Objective(
-        networks, partial(train.paper_losses, stage=stage, class_weight=None, settings=settings)
+        networks, partial(paper_losses, stage=stage, data=data, settings=settings.stages)
     )
     ways = {
         who: Objective(
             networks,
-            partial(step_losses, blocks=blocks, stage=stage.labeler, settings=settings),
+            partial(
+                step_losses,
+                blocks=blocks,
+                stage=stage.labeler,
+                augment=data.augment,
+                weight=weight,
+            ),
         )
         for who, blocks in WAYS.items()
     }
@@ -254,7 +284,7 @@ def measure(settings: Settings) -> list[list[str]]:
     check_losses({"the example": example, **ways}, batch)
 
     def step(objective: Objective) -> None:
-        back_propagate(objective, batch, settings.accumulate, scaler)
+        back_propagate(objective, batch, settings.training.accumulate, scaler)
         scaler.step(optimizer)
         optimizer.zero_grad()
         scaler.update()
@@ -263,8 +293,7 @@ def measure(settings: Settings) -> list[list[str]]:
     whole = in_turns(steps, device)
     with torch.no_grad():
         both = torch.cat([batch[0], batch[2]])
-        features, logits = train.segment(network, both, settings)
-    weight = settings.distance_weight
+        features, logits = segment(network, both)
     alone = in_turns(
         {
             who: partial(blocks_alone, blocks, stage.labeler, features, logits, batch[1], weight)
@@ -272,7 +301,7 @@ def measure(settings: Settings) -> list[list[str]]:
         },
         device,
     )
-    count, (height, width) = settings.stage_batch, settings.crop
+    count, (height, width) = settings.stages.stage_batch, settings.data.crop
     rows = []
     for who, run in steps.items():
         with FlopCounterMode(display=False) as counter:
@@ -280,8 +309,8 @@ def measure(settings: Settings) -> list[list[str]]:
         total, share = statistics.median(whole[who]), statistics.median(alone[who])
         rows.append(
             [
-                *(who, settings.network, f"{count} + {count} of {width}×{height}"),
-                *(settings.precision, device, f"{counter.get_total_flops() / 1e12:.3g}"),
+                *(who, settings.network.network, f"{count} + {count} of {width}×{height}"),
+                *(network.precision, device, f"{counter.get_total_flops() / 1e12:.3g}"),
                 f"{total:.3f} ({whole[who][0]:.3f}–{whole[who][-1]:.3f})",
                 f"{share:.4f} ({alone[who][0]:.4f}–{alone[who][-1]:.4f})",
                 *(f"{100 * share / total:.1f} %", f"{peak_bytes(run, device) / 1e9:.2f}"),
@@ -293,10 +322,10 @@ def measure(settings: Settings) -> list[list[str]]:
 def main() -> None:
     """Print the rows."""
     settings = parse_settings(sys.argv[1:])
-    if (settings.labels, settings.objective) != ("both", "paper"):
+    if (settings.stages.labels, settings.stages.objective) != ("both", "paper"):
         sys.exit("This is the step with --labels both and --objective paper alone.")
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
     head = [
         *("blocks", "network", "crops", "precision", "device", "10¹² operations"),
         *("s a step", "blocks alone, s", "share", "GB"),

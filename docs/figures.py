@@ -24,7 +24,7 @@ from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE, train_ids
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from network import SmallSegmenter
+from networks.small import SmallSegmenter
 from synthetic import OVERCAST, SUNNY, Style, render
 from torch import Tensor
 

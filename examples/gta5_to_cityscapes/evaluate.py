@@ -6,20 +6,22 @@
 Settings, network, prediction, scores, files. Nothing of it chooses anything: it reports.
 """
 
-import argparse
+import dataclasses
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from build import build_network
+import tyro
 from classes import CLASS_NAMES, CLASSES, IGNORE, NUM_CLASSES, SYNTHIA_13, SYNTHIA_16
-from network import Segmenter
+from engine.files import load_finished, write_atomically, write_text
+from networks.build import build_network
+from networks.segmenter import Precision, Segmenter, enlarge, segment
 from PIL import Image
 from readers import (
     DatasetError,
@@ -29,7 +31,6 @@ from readers import (
     cityscapes_pairs,
     read_labels,
 )
-from records import load_finished, write_atomically, write_text
 from report import iou_table, mean_iou, save_rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -40,53 +41,53 @@ import anchorda
 # ---------------------------------------------------------------------------------------- settings
 
 
-class Settings(argparse.Namespace):
-    """What to score, how, and what to write."""
+@dataclass(frozen=True)
+class Settings:
+    """Score a checkpoint of train.py on Cityscapes."""
 
     checkpoint: Path
+    """Checkpoint of a finished phase, such as runs/first/checkpoints/stage-3.pt."""
     target: Path
+    """Folder of Cityscapes, which holds leftImg8bit and gtFine."""
     output: Path
-    split: str
-    scales: list[float]
-    flip: bool
-    labels: bool
-    pictures: int
-    precision: str
-    workers: int
-    device: str
+    """Folder for scores, labels and pictures."""
+    split: Literal["val", "test"] = "val"
+    """Split to predict; test has no labels to score by."""
+    scales: tuple[float, ...] = (1.0,)
+    """Scales of the images to average predictions over."""
+    flip: bool = False
+    """Average over the mirrored images too."""
+    labels: bool = False
+    """Write labelIds PNGs, as the test server takes them."""
+    pictures: int = 0
+    """Number of images to draw with their predictions."""
+    precision: Precision = "float32"
+    """Precision of the network, by autocast."""
+    workers: int = 2
+    """Processes that read images."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Device of torch, such as cpu or cuda."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names the flags which are wrong."""
+        if not self.checkpoint.is_file():
+            raise ValueError(f"there is no checkpoint {self.checkpoint}")
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"--scales: expected numbers above 0, got {[*self.scales]}")
+        if self.split == "test" and not (self.labels or self.pictures):
+            raise ValueError(
+                "--split test has no labels to score by: ask for --labels or --pictures"
+            )
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Score a checkpoint on Cityscapes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="of a phase, as train.py leaves it")
-    add("--target", type=Path, required=True, help="Cityscapes folder (leftImg8bit, gtFine)")
-    add("--output", type=Path, required=True, help="folder for scores, labels and pictures")
-    add("--split", choices=("val", "test"), default="val", help="test has no labels to score by")
-    add("--scales", type=float, nargs="+", default=[1.0], help="of the images, to average over")
-    add("--flip", action="store_true", help="average over the mirrored images too")
-    add("--labels", action="store_true", help="write labelIds PNGs, as the test server takes them")
-    add("--pictures", type=int, default=0, help="how many images to draw with their predictions")
-    add(
-        "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the network",
-    )
-    add("--workers", type=int, default=2, help="processes that read images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
-    settings = parser.parse_args(arguments, namespace=Settings())
-    if not settings.checkpoint.is_file():
-        parser.error(f"there is no checkpoint {settings.checkpoint}")
-    if not all(0 < scale < math.inf for scale in settings.scales):
-        parser.error(f"--scales: expected numbers above 0, got {settings.scales}")
-    if settings.split == "test" and not (settings.labels or settings.pictures):
-        parser.error("--split test has no labels to score by: ask for --labels or --pictures")
+    """Settings from the command line, or an exit with a message that says what is wrong."""
+    settings = tyro.cli(Settings, prog="evaluate.py", args=arguments)
+    try:
+        settings.check()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     return settings
 
 
@@ -103,7 +104,7 @@ class Trained(NamedTuple):
     """The classes that its source knows: the truth of others is ignored."""
 
 
-def load_trained(path: Path, device: str) -> Trained:
+def load_trained(path: Path, device: str, precision: Precision = "float32") -> Trained:
     """The network of a checkpoint.
 
     Raises:
@@ -116,6 +117,7 @@ def load_trained(path: Path, device: str) -> Trained:
         network.load_state_dict(parts["network"])
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its own settings: {error}") from error
+    network.precision = precision
     network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     classes = SYNTHIA_16 if settings["source_format"] == "synthia" else tuple(range(NUM_CLASSES))
     return Trained(network.to(device), settings["resize"], classes)
@@ -158,10 +160,8 @@ def predict(
     scores = torch.zeros(())
     for view in views:
         for mirrored in (False, True) if flip else (False,):
-            _, logits = network(view.flip(-1) if mirrored else view)
-            logits = F.interpolate(
-                logits.float(), size, mode="bilinear", align_corners=network.align_corners
-            )
+            _, logits = segment(network, view.flip(-1) if mirrored else view)
+            logits = enlarge(network, logits, size)
             if len(views) == 1 and not flip:
                 return logits[0]
             logits = logits.flip(-1) if mirrored else logits
@@ -173,15 +173,9 @@ def predictions(trained: Trained, paths: Sequence[Path], settings: Settings) -> 
     """Predicted train ids (H, W) of images, at their own size and in their order."""
     views = Views(paths, trained.resize, settings.scales)
     loader = DataLoader(views, batch_size=None, num_workers=settings.workers)
-    kind, low = torch.device(settings.device).type, settings.precision != "float32"
-    dtype = torch.float16 if settings.precision == "float16" else torch.bfloat16
     for images, size in tqdm(loader, desc="predicting"):
-        with torch.autocast(kind, dtype, enabled=low):
-            moved = [
-                i.to(settings.device).contiguous(memory_format=torch.channels_last) for i in images
-            ]
-            scores = predict(trained.network, moved, size, flip=settings.flip)
-        yield scores.argmax(dim=0)
+        moved = [image.to(settings.device) for image in images]
+        yield predict(trained.network, moved, size, flip=settings.flip).argmax(dim=0)
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -199,7 +193,10 @@ def scores_of(
     scores = {"miou": confusion.mean_iou().item(), "accuracy": confusion.accuracy().item()}
     if is_16:
         scores["miou of 13 classes"] = mean_iou(confusion, SYNTHIA_13)
-    how = {name: str(v) if isinstance(v, Path) else v for name, v in vars(settings).items()}
+    how = {
+        name: str(v) if isinstance(v, Path) else v
+        for name, v in dataclasses.asdict(settings).items()
+    }
     return {**scores, "iou": named, "settings": how}
 
 
@@ -262,7 +259,7 @@ def main() -> None:
     """Run from the command line."""
     settings = parse_settings()
     try:
-        trained = load_trained(settings.checkpoint, settings.device)
+        trained = load_trained(settings.checkpoint, settings.device, settings.precision)
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE, SYNTHIA_13, SYNTHIA_16
+from engine.files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
-from records import write_atomically
 from torch import Tensor
 
 from anchorda import ConfusionMatrix, ScoreCalibrator, anchor_distances
@@ -69,22 +69,6 @@ def iou_table(scores: Mapping[str, ConfusionMatrix], evaluated: Sequence[int]) -
 
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-class Panel(NamedTuple):
-    """An image (3, H, W) in [0, 1], and maps of train ids, each at any resolution."""
-
-    image: Tensor
-    truth: Tensor
-    warm_up: Tensor
-    adapted: Tensor
-    pseudo: Tensor
-
-
-def save_panels(path: Path, panels: Sequence[Panel]) -> None:
-    """Draw a row per panel: image, truth, two predictions, pseudo-labels; below, a legend."""
-    titles = ("image", "truth", "warm-up", "adapted", "last pseudo-labels")
-    save_rows(path, titles, [(panel.image, panel[1:]) for panel in panels])
 
 
 def save_rows(

@@ -1,396 +1,225 @@
-"""All that a run depends on: defaults here, presets as files, flags on top.
+"""All settings of a run: defaults, then a preset, then flags; later ones win.
 
-A preset is a TOML file of flags without their dashes in front; a run saves its own as
-`settings.toml`, which is a preset itself. Later ones win: defaults, preset, flags.
+Each group is defined beside the code that reads it. `tyro` derives the command line and its help
+from their types and docstrings. A preset is a TOML file of flags without their dashes; a run saves
+its settings as `settings.toml`, which is a preset itself.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
-import math
 import sys
 import tomllib
-from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "synthetic"))
-
-import parallel
 import torch
-from build import NETWORKS
-from records import write_text
-from synthetic import SourceFormat
+import tyro
+from data import DataSettings
+from engine import parallel
+from engine.files import write_text
+from engine.loop import TrainingSettings
+from engine.run import RunSettings
+from limits import check_limits
+from method import StageSettings
+from networks.build import NetworkSettings
+from warm_up import WarmUpSettings
 
 PRESETS = Path(__file__).with_name("presets")
+_TYRO = (tyro.conf.OmitArgPrefixes,)
+_TITLE = "Anchor-guided domain adaptation (CAG-UDA), from GTA5 or SYNTHIA to Cityscapes."
+_EXAMPLES = """examples:
+  python train.py                                                    a synthetic pair, minutes
+  python train.py --source GTA5 --target CITYSCAPES --output runs/first
+  python train.py --preset gta5 --source GTA5 --target CITYSCAPES \\
+      --backbone resnet101.pth --output runs/gta5                    the paper's experiment
+  python train.py --preset mine.toml --resume                        settings of a file of yours
+"""
+# Settings that may differ when a run is resumed.
+_OF_MACHINE = {"output", "resume", "workers", "threads", "device", "compile", "checkpoint_every"}
 
-
-class Range(NamedTuple):
-    """What a number may be."""
-
-    low: float
-    high: float = math.inf
-
-    def __str__(self) -> str:
-        """What an error says of it."""
-        return f"in [0, {self.high}]" if self.high < math.inf else f"of at least {self.low}"
-
-
-AT_LEAST_0, AT_LEAST_1, FRACTION = Range(0), Range(1), Range(0, 1)
+Groups = tuple[
+    RunSettings, DataSettings, NetworkSettings, WarmUpSettings, StageSettings, TrainingSettings
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that can be set, by groups; the defaults suit a CPU and small images."""
+    """All settings, in groups."""
 
-    output: Annotated[Path, "folder for metrics, checkpoints and report"] = Path("runs/run")
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
+    stages: StageSettings = field(default_factory=StageSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
-    # Data.
-    source: Annotated[Path | None, "GTA5 or SYNTHIA folder; none: a synthetic pair"] = None
-    target: Annotated[Path | None, "Cityscapes folder (leftImg8bit, gtFine)"] = None
-    source_format: Annotated[
-        SourceFormat,
-        "gta5: images, labels; synthia: RGB, GT/LABELS, and its 16 classes in evaluation",
-    ] = "gta5"
-    resize: Annotated[str, "what images are scaled to: height:PIXELS or width:PIXELS"] = (
-        "height:144"
-    )
-    crop: Annotated[tuple[int, int], "height and width of the crops to train on"] = (128, 192)
-    photometric: Annotated[bool, "change color, light and sharpness of the crops at random"] = True
-    class_weights: Annotated[bool, "weigh rare classes up in the source's cross-entropy"] = True
-
-    # Network.
-    network: Annotated[str, "small is for a CPU, deeplab101 the paper's"] = "small"
-    weights: Annotated[
-        str | None,
-        "start from these weights of a whole network: a file, as of the released code; for "
-        "SegFormer a folder or a hub id",
-    ] = None
-    backbone: Annotated[
-        str | None,
-        "start from these ImageNet weights: a file of a ResNet as torchvision's; for "
-        "SegFormer a folder or a hub id",
-    ] = None
-    batch_norm: Annotated[
-        Literal["train", "freeze", "sync"],
-        "freeze: statistics, scale and shift stay; sync: statistics over all GPUs",
-    ] = "train"
-
-    # Warm-up.
-    warmup: Annotated[
-        Literal["source", "adversarial"],
-        "source alone, or aligning the target's predictions with it (AdaptSegNet)",
-    ] = "source"
-    warmup_checkpoint: Annotated[Path | None, "start from this warm-up, not from training one"] = (
-        None
-    )
-    warmup_iterations: Annotated[int, "of the warm-up, and the baseline", AT_LEAST_0] = 900
-    warmup_batch: Annotated[int, "images of each domain that a warm-up step sees", AT_LEAST_1] = 4
-    warmup_learning_rate: Annotated[float, "at the start of the warm-up", AT_LEAST_0] = 0.003
-    adversarial_weight: Annotated[float, "of the term that fools the discriminator", AT_LEAST_0] = (
-        0.001
-    )
-    discriminator_learning_rate: Annotated[float, "of the discriminator, by Adam", AT_LEAST_0] = (
-        1e-4
-    )
-    baseline: Annotated[bool, "first train a network on the source as it is, to compare"] = False
-
-    # Stages.
-    stages: Annotated[int, "how often the target is labeled anew", AT_LEAST_0] = 3
-    stage_iterations: Annotated[int, "of each stage", AT_LEAST_1] = 280
-    stage_batch: Annotated[int, "images of each domain that a step of a stage sees", AT_LEAST_1] = 2
-    stage_learning_rate: Annotated[float, "at the start of each stage", AT_LEAST_0] = 0.001
-    objective: Annotated[
-        Literal["paper", "released"],
-        "released: as the released code computes it (anchorda.released)",
-    ] = "paper"
-    labels: Annotated[
-        Literal["anchor", "probability", "both"], "what labels target pixels; both is the paper's"
-    ] = "both"
-    margin: Annotated[
-        str,
-        "minimum margin of anchor labels: a number; coverage:Q, by class, on the target; "
-        "precision:P, by class, on the held-out source; or several of these, the highest counts",
-    ] = "coverage:0.2,precision:0.5"
-    probability: Annotated[float, "minimum of probability labels", FRACTION] = 0.95
-    distance_weight: Annotated[float, "weight of the distance loss", AT_LEAST_0] = 0.02
-    teacher: Annotated[
-        float,
-        "decay of a moving average of the weights, which then is what a phase ends with and "
-        "what labels for the next; 0: none",
-        FRACTION,
-    ] = 0.0
-
-    # Optimization.
-    optimizer: Annotated[Literal["adamw", "sgd"], "sgd has a momentum of 0.9"] = "adamw"
-    weight_decay: Annotated[float, "of the optimizer", AT_LEAST_0] = 0.01
-    rise: Annotated[float, "part of a phase in which the learning rate rises", FRACTION] = 0.05
-    accumulate: Annotated[int, "parts of a batch, computed one after the other", AT_LEAST_1] = 1
-    precision: Annotated[Literal["float32", "bfloat16", "float16"], "of the network"] = "float32"
-    max_iterations: Annotated[int, "no phase takes more; 0: no limit", AT_LEAST_0] = 0
-
-    # Long runs.
-    resume: Annotated[bool, "go on with what an interrupted run left in --output, if any"] = False
-    checkpoint_every: Annotated[
-        int, "iterations between checkpoints to resume from", AT_LEAST_1
-    ] = 200
-    evaluate_every: Annotated[
-        int,
-        "iterations between evaluations, of which the best is kept; 0: the last alone",
-        AT_LEAST_0,
-    ] = 0
-    best_by: Annotated[
-        Literal["source", "target"],
-        "mIoU that tells the best network: of held-out source images; or of the target's "
-        "validation split, as in the released code, whose labels have then been used to choose",
-    ] = "source"
-
-    # Machine.
-    seed: Annotated[int, "of all randomness", AT_LEAST_0] = 0
-    workers: Annotated[
-        int, "processes that read images of each domain, for each that trains", AT_LEAST_0
-    ] = 2
-    threads: Annotated[int, "of torch on the CPU; 0 leaves it to torch", AT_LEAST_0] = 0
-    device: Annotated[str, "of torch; none: a GPU if there is one"] = ""
-    compile: Annotated[bool, "compile the network with torch.compile"] = False
-
-    def iterations(self, of_phase: int) -> int:
-        """The length of a phase under `max_iterations`."""
-        return min(of_phase, self.max_iterations or of_phase)
+    def groups(self) -> Groups:
+        """The groups, in their order."""
+        return self.run, self.data, self.network, self.warm_up, self.stages, self.training
 
     def plain(self) -> dict[str, object]:
-        """Strings, numbers and lists alone, without what is not set."""
+        """Strings, numbers and lists by name, without those that are not set."""
         values = {
-            name: str(v) if isinstance(v, Path) else v
-            for name, v in dataclasses.asdict(self).items()
+            entry.name: getattr(group, entry.name)
+            for group in self.groups()
+            for entry in dataclasses.fields(group)
         }
-        return {
-            name: list(v) if isinstance(v, tuple) else v
-            for name, v in values.items()
-            if v is not None
-        }
+        return {name: _plain(value) for name, value in values.items() if value is not None}
 
     def save(self, path: Path) -> None:
-        """Write a preset of all of this."""
+        """Write a preset of these settings."""
         lines = (
-            f"{_flag(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in self.plain().items()
+            f"{_flag(name)} = {json.dumps(value, ensure_ascii=False)}\n"
+            for name, value in self.plain().items()
         )
-        write_text(path, "\n".join(lines) + "\n")
-
-
-# What may differ when a run goes on: where and how fast it is computed.
-_MACHINE = {"output", "resume", "workers", "threads", "device", "compile", "checkpoint_every"}
-_TYPES = get_type_hints(Settings)
-_NOTES = {
-    name: hint.__metadata__ for name, hint in get_type_hints(Settings, include_extras=True).items()
-}
-
-
-_SPOKEN: dict[object, str] = {
-    **{int: "a whole number", float: "a number", bool: "true or false"},
-    **{str: "a string", Path: "a string"},
-}
-
-
-def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line, or an exit that says what is wrong with it."""
-    parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    preset = given.pop("preset", None)
-    try:
-        values = _read(_preset_path(preset)) if preset else {}
-        settings = _checked(values | given)
-        return _continued(settings) if settings.resume else _fresh(settings)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Category anchor-guided domain adaptation, GTA5 or SYNTHIA to Cityscapes.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--preset", help=f"{', '.join(_preset_names())}, or a TOML file of settings"
-    )
-    for name, default in dataclasses.asdict(Settings()).items():
-        flag, kind, text = "--" + _flag(name), _without_none(_TYPES[name]), _NOTES[name][0]
-        if default not in (None, ""):
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            text = f"{text} (default: {shown})"
-        text = text.replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif kind == tuple[int, int]:
-            parser.add_argument(flag, type=int, nargs=2, metavar=("H", "W"), help=text)
-        else:
-            choices = get_args(kind) if get_origin(kind) is Literal else None
-            convert = kind if kind in (int, float, Path) else str
-            parser.add_argument(flag, type=convert, choices=choices, help=text)
-    return parser
-
-
-def _preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
-
-
-def _preset_path(name: str) -> Path:
-    path = PRESETS / f"{name}.toml" if name in _preset_names() else Path(name)
-    if not path.is_file():
-        names = ", ".join(_preset_names())
-        raise ValueError(f"there is no preset {name!r}: expected {names}, or a TOML file")
-    return path
-
-
-def _read(path: Path) -> dict[str, object]:
-    """The values of a preset, of the right names and types."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
-    flags = {_flag(name): name for name in _TYPES}
-    values = {}
-    for key, value in content.items():
-        if key not in flags:
-            close = difflib.get_close_matches(key, flags, n=1)
-            mend = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{path}: there is no setting {key!r}.{mend}")
-        try:
-            values[flags[key]] = _converted(_TYPES[flags[key]], value)
-        except TypeError as error:
-            raise ValueError(f"{path}: {key} {error}, but got {value!r}") from error
-    return values
-
-
-def _converted(kind: object, value: object) -> object:
-    kind = _without_none(kind)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise TypeError(f"is one of {', '.join(get_args(kind))}")
-    elif kind == tuple[int, int]:
-        if not (isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)):
-            raise TypeError("is two whole numbers")
-        return (value[0], value[1])
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif not isinstance(kind, type) or type(value) is not kind:
-        raise TypeError(f"is {_SPOKEN.get(kind, kind)}")
-    return value
-
-
-def _without_none(kind: object) -> object:
-    kinds = [part for part in get_args(kind) if part is not NoneType]
-    return kinds[0] if NoneType in get_args(kind) else kind
+        write_text(path, "".join(lines))
 
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _checked(values: Mapping[str, object]) -> Settings:
-    """Settings that fit together, or a ValueError that names what does not."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    settings = dataclasses.replace(Settings(), **values)  # type: ignore[arg-type]
-    if not settings.device:
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _CommandLine(Settings):
+    preset: str | None = None
+    """A preset: gta5 or synthia for the paper's settings, or a TOML file. Flags override it."""
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line, or an exit with a message that says what is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        line = _parse(arguments)
+        if line.preset is not None:
+            line = _parse([*_preset_arguments(_preset_path(line.preset)), *arguments])
+        settings = _checked(line)
+        return _resumed(settings) if settings.run.resume else _fresh(settings)
+    except ValueError as error:
+        _exit(str(error))
+
+
+def _parse(arguments: list[str]) -> _CommandLine:
+    try:
+        return tyro.cli(
+            _CommandLine, prog="train.py", description=_TITLE, args=arguments, config=_TYRO
+        )
+    except SystemExit as stopped:
+        if not stopped.code:
+            print(_EXAMPLES, end="")
+        raise
+
+
+def _exit(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _preset_path(name: str) -> Path:
+    names = sorted(path.stem for path in PRESETS.glob("*.toml"))
+    path = PRESETS / f"{name}.toml" if name in names else Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"there is no preset {name!r}: expected {', '.join(names)}, or a TOML file"
+        )
+    return path
+
+
+def _preset_arguments(path: Path) -> list[str]:
+    """A preset as flags of the command line, each of them valid by itself."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    flags = [
+        _flag(entry.name) for group in Settings().groups() for entry in dataclasses.fields(group)
+    ]
+    arguments = {}
+    for key, value in content.items():
+        if key not in flags:
+            close = difflib.get_close_matches(key, flags, n=1)
+            fix = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path}: there is no setting {key!r}.{fix}")
+        if isinstance(value, bool):
+            arguments[key] = [f"--{key}" if value else f"--no-{key}"]
+        elif isinstance(value, list):
+            arguments[key] = [f"--{key}", *map(str, value)]
+        else:
+            arguments[key] = [f"--{key}={value}"]
+    together = [argument for of_one in arguments.values() for argument in of_one]
+    if not _parses(together):
+        wrong = next(key for key, of_one in arguments.items() if not _parses(of_one))
+        with contextlib.suppress(SystemExit):
+            _parse(arguments[wrong])  # prints what --key expects
+        raise ValueError(f"{path}: {wrong} cannot be {content[wrong]!r}")
+    return together
+
+
+def _parses(arguments: list[str]) -> bool:
+    try:
+        tyro.cli(_CommandLine, args=arguments, config=_TYRO, console_outputs=False)
+    except SystemExit:
+        return False
+    return True
+
+
+def _checked(line: Settings) -> Settings:
+    """The settings with a device, if they fit together."""
+    settings = Settings(*line.groups())
+    if not settings.run.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        settings = dataclasses.replace(settings, device=device)
-    for name, (_, *ranges) in _NOTES.items():
-        got = getattr(settings, name)
-        if ranges and not ranges[0].low <= got <= ranges[0].high:
-            raise ValueError(f"--{_flag(name)}: expected a number {ranges[0]}, got {got}")
-    split_resize(settings.resize)
-    split_margin(settings.margin)
-    if min(settings.crop) < 1:
-        raise ValueError(f"--crop: expected two sizes of at least 1, got {settings.crop}")
-    if settings.network not in NETWORKS:
-        raise ValueError(f"--network: expected one of {', '.join(NETWORKS)}")
-    side, pixels = split_resize(settings.resize)
-    if settings.crop[side == "width"] > pixels:
-        raise ValueError(f"--crop {settings.crop} is larger than --resize {settings.resize}")
-    _check_pairs(settings)
+        settings = dataclasses.replace(
+            settings, run=dataclasses.replace(settings.run, device=device)
+        )
+    for group in settings.groups():
+        check_limits(group)
+        group.check()
+    batches = {
+        "--warmup-batch": settings.warm_up.warmup_batch,
+        "--stage-batch": settings.stages.stage_batch,
+    }
+    processes, parts = parallel.started(), settings.training.accumulate
+    for flag, batch in batches.items():
+        if batch % (processes * parts):
+            each = f" for each of {processes} processes" if processes > 1 else ""
+            raise ValueError(
+                f"{flag} {batch} cannot be split into --accumulate {parts} equal parts{each}"
+            )
+    is_gpu = torch.device(settings.run.device).type == "cuda"
+    if settings.network.batch_norm == "sync" and not is_gpu:
+        raise ValueError("--batch-norm sync works on GPUs alone: choose train or freeze")
     return settings
 
 
-def _check_pairs(settings: Settings) -> None:
-    if (settings.source is None) != (settings.target is None):
-        raise ValueError("--source and --target belong together: give both, or neither")
-    processes = parallel.started()
-    for name in ("warmup_batch", "stage_batch"):
-        if getattr(settings, name) % (processes * settings.accumulate):
-            each = f" for each of {processes} processes" if processes > 1 else ""
-            raise ValueError(
-                f"--{_flag(name)} {getattr(settings, name)} cannot be split into --accumulate "
-                f"{settings.accumulate} equal parts{each}"
-            )
-    if settings.network == "small" and (settings.backbone or settings.weights):
-        raise ValueError("--backbone and --weights are of other networks: choose a --network")
-    if settings.network.startswith("deeplab"):
-        for path in filter(None, (settings.backbone, settings.weights)):
-            if not Path(path).is_file():
-                raise ValueError(f"there is no file of weights {path}")
-    if settings.backbone and settings.weights:
-        raise ValueError("--weights are of a whole network, its backbone included: give one")
-    if settings.warmup_checkpoint is not None and not settings.warmup_checkpoint.is_file():
-        raise ValueError(f"there is no warm-up checkpoint {settings.warmup_checkpoint}")
-    is_gpu = torch.device(settings.device).type == "cuda"
-    if settings.batch_norm == "sync" and not is_gpu:
-        raise ValueError("--batch-norm sync works on GPUs alone: choose train or freeze")
-    if settings.objective == "released" and settings.labels != "both":
-        raise ValueError("--objective released always has --labels both")
-
-
-def split_resize(text: str) -> tuple[str, int]:
-    """The side and the pixels that `--resize` names."""
-    side, _, pixels = text.partition(":")
-    if side not in ("height", "width") or not pixels.isdecimal() or int(pixels) < 1:
-        raise ValueError(f"--resize: expected height:PIXELS or width:PIXELS, got {text!r}")
-    return side, int(pixels)
-
-
-def split_margin(text: str) -> list[tuple[str, float]]:
-    """The rules that `--margin` names, each with its number; a fixed margin's rule is empty."""
-    rules = []
-    for part in text.split(","):
-        rule, _, number = part.rpartition(":")
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        known = rule == part.partition(":")[0] and rule in ("coverage", "precision")
-        if not (0 <= value <= 1 if known else part == number and not math.isnan(value)):
-            raise ValueError(
-                "--margin: expected a number, coverage:Q or precision:P with Q, P in [0, 1], "
-                f"got {text!r}"
-            )
-        rules.append((rule, value))
-    return rules
-
-
 def _fresh(settings: Settings) -> Settings:
-    if (settings.output / "metrics.jsonl").exists():
+    output = settings.run.output
+    if (output / "metrics.jsonl").exists():
         raise ValueError(
-            f"{settings.output} already holds a run: go on with it by --resume, remove it, or name "
-            "another --output"
+            f"{output} already holds a run: go on with it by --resume, remove it, or name another "
+            "--output"
         )
     return settings
 
 
-def _continued(settings: Settings) -> Settings:
+def _resumed(settings: Settings) -> Settings:
     """The same settings, if an earlier run in the folder had them."""
-    saved = settings.output / "settings.toml"
+    output = settings.run.output
+    saved = output / "settings.toml"
     if not saved.is_file():
         return settings  # stopped before it began
-    before = _checked(_read(saved))
-    for name in _TYPES.keys() - _MACHINE:
-        was, now = getattr(before, name), getattr(settings, name)
-        if was != now:
+    before, now = _checked(_parse(_preset_arguments(saved))).plain(), settings.plain()
+    for name in sorted((before.keys() | now.keys()) - _OF_MACHINE):
+        if before.get(name) != now.get(name):
             raise ValueError(
-                f"{settings.output} holds a run with --{_flag(name)} {was}, but now it is {now}: "
-                f"go on with --preset {saved}, or name another --output"
+                f"{output} holds a run with --{_flag(name)} {before.get(name)}, but now it is "
+                f"{now.get(name)}: go on with --preset {saved}, or name another --output"
             )
     return settings

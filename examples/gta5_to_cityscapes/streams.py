@@ -1,17 +1,18 @@
-"""Batches: random ones without end, and every sample once; each process reads its share.
+"""Random batches without end, and every sample once; each process reads its share.
 
-What is drawn for sample number k of a stream depends on the stream's seed and on k alone. So a
-run that goes on at any iteration, with any number of workers or processes, sees what it would have
-seen; no random state has to be saved for it.
+All that is drawn for sample number k of a stream depends on the stream's seed and on k alone. So a
+run that is resumed at any iteration, with any number of workers or processes, sees the samples it
+would have seen, and no random state has to be saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import parallel
 import torch
+from engine import parallel
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -33,11 +34,15 @@ class Images(Protocol[Item_co]):
 
 
 class Loading(NamedTuple):
-    """How batches are read."""
+    """The processes that read batches, and the device that needs them."""
 
     workers: int
-    pinned: bool
-    """Whether they end in memory from which a GPU can fetch them by itself."""
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def pinned(self) -> bool:
+        """True if batches are read into memory from which a GPU can fetch them by itself."""
+        return self.device.type == "cuda"
 
 
 def seed_of(*numbers: int) -> int:
@@ -59,7 +64,7 @@ class RandomStream(Dataset[Item], Generic[Item]):
         self._order: tuple[int, list[int]] = (-1, [])
 
     def index(self, number: int) -> int:
-        """Which sample of the data set sample `number` of the stream is."""
+        """The index in the data set of sample `number` of the stream."""
         around, place = divmod(number, len(self.images))
         if self._order[0] != around:
             generator = torch.Generator().manual_seed(seed_of(*self.seed, 0, around))
@@ -92,13 +97,21 @@ def numbers(batch: int, size: int) -> list[int]:
     return list(range(batch * size, (batch + 1) * size))
 
 
-def each_once(dataset: Dataset[Item], title: str, loading: Loading) -> "tqdm[Item]":
-    """This process's share of a data set in order, as batches of one: whole images differ in size.
+def each_once(dataset: Dataset[Item], title: str, loading: Loading) -> Iterator[Item]:
+    """This process's share of a data set in order, on the device, as batches of one.
 
-    Together the processes see every sample once, not one of them twice.
+    Whole images differ in size, so that they are not stacked. Together the processes read every
+    sample once, none of them twice.
     """
     share = range(parallel.rank(), len(dataset), parallel.size())  # type: ignore[arg-type]
     loader = DataLoader(
         Subset(dataset, share), num_workers=loading.workers, pin_memory=loading.pinned
     )
-    return tqdm(loader, desc=title, leave=False, disable=not parallel.is_main())
+    for batch in tqdm(loader, desc=title, leave=False, disable=not parallel.is_main()):
+        yield _on_device(batch, loading.device)
+
+
+def _on_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return [tensor.to(device, non_blocking=True) for tensor in batch]

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from adversarial import Discriminator, fooling_loss, telling_loss
 from numpy.typing import NDArray
 from torch import Tensor
+from warm_up import Discriminator, alignment_loss, discrimination_loss
 
 
 def logits(seed: int, classes: int = 5) -> Tensor:
@@ -40,7 +40,7 @@ def test_it_has_the_published_layers() -> None:
 
 def test_fooling_is_taking_the_target_for_the_source() -> None:
     judge, target = discriminator(), logits(1)
-    loss = fooling_loss(judge, target)
+    loss = alignment_loss(judge, target)
     expected = -np.log(probability(judge, target)).mean()
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-6)
     loss.backward()
@@ -51,7 +51,7 @@ def test_fooling_is_taking_the_target_for_the_source() -> None:
 
 def test_telling_is_the_mean_of_both_domains() -> None:
     judge, source, target = discriminator(), logits(1), logits(2)
-    loss = telling_loss(judge, source, target)
+    loss = discrimination_loss(judge, source, target)
     by_source = -np.log(probability(judge, source)).mean()
     by_target = -np.log(1 - probability(judge, target)).mean()
     np.testing.assert_allclose(loss.item(), (by_source + by_target) / 2, rtol=1e-6)
@@ -67,17 +67,17 @@ def test_each_moves_what_it_is_for() -> None:
     source[:, 0] += 3.0
     target = torch.randn(2, 5, 64, 64, generator=torch.Generator().manual_seed(4))
     optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
-    before = telling_loss(judge, source, target).item()
+    before = discrimination_loss(judge, source, target).item()
     for _ in range(20):
         optimizer.zero_grad()
-        telling_loss(judge, source, target).backward()
+        discrimination_loss(judge, source, target).backward()
         optimizer.step()
-    assert telling_loss(judge, source, target).item() < 0.5 * before
+    assert discrimination_loss(judge, source, target).item() < 0.5 * before
     target.requires_grad_()
     mover = torch.optim.Adam([target], 0.1)
     first = target.softmax(dim=1)[:, 0].mean().item()
     for _ in range(20):
         mover.zero_grad()
-        fooling_loss(judge, target).backward()
+        alignment_loss(judge, target).backward()
         mover.step()
     assert target.softmax(dim=1)[:, 0].mean().item() > first + 0.1

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab import DeepLab, freeze_batch_norm, load_backbone, load_network
-from network import Segmenter, SmallSegmenter
+from networks.build import freeze_batch_norm
+from networks.deeplab import DeepLab, load_backbone, load_network
+from networks.segmenter import Segmenter
+from networks.small import SmallSegmenter
 from torch import Tensor, nn
 
 IMAGES = torch.rand(2, 3, 33, 50, generator=torch.Generator().manual_seed(0))

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from classes import CLASSES, NUM_CLASSES, SYNTHIA_13, SYNTHIA_16, train_ids
-from network import Segmenter, SmallSegmenter
+from engine.files import save_checkpoint
+from networks.segmenter import Segmenter
+from networks.small import SmallSegmenter
 from numpy.typing import NDArray
 from PIL import Image
 from readers import cityscapes_pairs, read_labels
-from records import save_checkpoint
 from synthetic import write_synthetic_pair
 from torch import Tensor
 
@@ -47,7 +48,8 @@ def run(target: Path, folder: Path, *flags: str, source_format: str = "gta5") ->
         *("--workers", "0", "--device", "cpu", *flags),
     ]
     settings = evaluate.parse_settings(arguments)
-    evaluate.evaluate(evaluate.load_trained(settings.checkpoint, settings.device), settings)
+    trained = evaluate.load_trained(settings.checkpoint, settings.device, settings.precision)
+    evaluate.evaluate(trained, settings)
     return folder / "out"
 
 

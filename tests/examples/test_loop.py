@@ -1,6 +1,5 @@
 """The loop of a phase: gradients over parts, the best network, the teacher, and what stops it."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -10,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from loop import Batch, Phase, Term, back_propagate, load_unfinished, train
-from network import Segmenter
-from records import Records
-from settings import Settings
+from engine.loop import Batch, Phase, Term, TrainingSettings, back_propagate, train
+from engine.run import Run, RunSettings
+from networks.segmenter import Precision, Segmenter
 from streams import RandomStream, numbers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -40,9 +38,10 @@ class Line(Segmenter):
 
     feature_dim = 1
 
-    def __init__(self) -> None:
+    def __init__(self, precision: Precision = "float32") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([0.5, -0.25]))
+        self.precision = precision
 
 
 def squared(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
@@ -55,17 +54,18 @@ def squared(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
     return {"square": Term(error.square().mean(), count), "size": Term(error.abs().mean(), count)}
 
 
-def settings_of(folder: Path, **changes: Any) -> Settings:  # noqa: ANN401
-    base = Settings(output=folder, device="cpu", workers=0, seed=3)
-    return dataclasses.replace(base, **changes)
+def run_of(folder: Path, **changes: Any) -> Run:  # noqa: ANN401
+    base = RunSettings(output=folder, device="cpu", workers=0, seed=3)
+    return Run(dataclasses.replace(base, **changes), {})
 
 
 def phase_of(
     iterations: int = 25,
     losses: Callable[[nn.ModuleDict, Batch], Mapping[str, Term]] = squared,
     score: Callable[[Segmenter], Mapping[str, float]] = lambda network: {"source": 0.0},
+    precision: Precision = "float32",
 ) -> Phase:
-    networks = nn.ModuleDict({"network": Line()})
+    networks = nn.ModuleDict({"network": Line(precision)})
     optimizer = torch.optim.SGD(networks.parameters(), 0.05, momentum=0.9)
     schedule = LambdaLR(optimizer, lambda t: 1 - t / iterations)
     return Phase(
@@ -74,11 +74,9 @@ def phase_of(
     )  # fmt: skip
 
 
-def run(phase: Phase, settings: Settings) -> Tensor:
-    records = Records(settings.output)
-    records.rewind(0)
-    train(phase, settings, records, None)
-    records.close()
+def trained(phase: Phase, run: Run, **settings: Any) -> Tensor:  # noqa: ANN401
+    train(phase, TrainingSettings(**settings), run)
+    run.records.close()
     network = phase.networks["network"]
     assert isinstance(network, Line)
     return network.weight.detach().clone()
@@ -101,7 +99,7 @@ def weights_by_hand(iterations: int) -> Iterator[Tensor]:
 
 def test_a_phase_is_plain_training(tmp_path: Path) -> None:
     *_, expected = weights_by_hand(25)
-    assert torch.equal(run(phase_of(), settings_of(tmp_path)), expected)
+    assert torch.equal(trained(phase_of(), run_of(tmp_path)), expected)
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [event["iteration"] for event in events] == [1, 11, 21]
 
@@ -147,12 +145,12 @@ def test_a_loss_that_is_not_finite_is_named_with_its_files(
 
     phase = phase_of(losses=losses)
     with pytest.raises(FloatingPointError) as raised:
-        run(phase, settings_of(tmp_path, checkpoint_every=5))
+        trained(phase, run_of(tmp_path, checkpoint_every=5))
     said = str(raised.value)
     assert said.startswith(f"stage 1, iteration {bad}: the loss term 'size' is {value}.")
     files = phase.streams[0].files(numbers(bad - 1, 4))
     assert said.endswith("files of the batch: " + ", ".join(map(str, files)))
-    kept = load_unfinished("stage 1", settings_of(tmp_path, resume=True))
+    kept = run_of(tmp_path, resume=True).unfinished("stage 1")
     assert (0 if kept is None else kept["iteration"]) == (bad - 1) // 5 * 5
 
 
@@ -175,14 +173,14 @@ def weight_is_lost_at(iteration: int) -> Callable[[nn.ModuleDict, Batch], Mappin
 
 
 def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, checkpoint_every=5, resume=True)
+    run = run_of(tmp_path, checkpoint_every=5)
     with pytest.raises(FloatingPointError, match=r"iteration 11: the loss term 'square' is inf"):
-        run(phase_of(losses=weight_is_lost_at(10)), settings)
-    kept = load_unfinished("stage 1", settings)
+        trained(phase_of(losses=weight_is_lost_at(10)), run)
+    kept = run_of(tmp_path, resume=True).unfinished("stage 1")
     assert kept is not None
     assert kept["iteration"] == 5
     with pytest.raises(FloatingPointError, match="stage 1: the weights it ends with are not fin"):
-        run(phase_of(losses=weight_is_lost_at(25)), settings)
+        trained(phase_of(losses=weight_is_lost_at(25)), run_of(tmp_path, checkpoint_every=5))
 
 
 def test_the_best_network_is_kept(tmp_path: Path) -> None:
@@ -191,7 +189,7 @@ def test_the_best_network_is_kept(tmp_path: Path) -> None:
     def score(network: Segmenter) -> dict[str, float]:
         return {"source": next(scores), "target": 0.0}
 
-    weight = run(phase_of(30, score=score), settings_of(tmp_path, evaluate_every=5))
+    weight = trained(phase_of(30, score=score), run_of(tmp_path), evaluate_every=5)
     steps = list(weights_by_hand(30))
     assert torch.equal(weight, steps[14])  # of two that are equal the first
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -205,11 +203,11 @@ def test_the_last_network_counts_without_evaluations(tmp_path: Path) -> None:
         raise AssertionError("nobody asked for a score")
 
     *_, expected = weights_by_hand(25)
-    assert torch.equal(run(phase_of(score=score), settings_of(tmp_path)), expected)
+    assert torch.equal(trained(phase_of(score=score), run_of(tmp_path)), expected)
 
 
 def test_the_teacher_is_an_exponential_average(tmp_path: Path) -> None:
-    weight = run(phase_of(), settings_of(tmp_path, teacher=0.75))
+    weight = trained(phase_of(), run_of(tmp_path), teacher=0.75)
     first, *rest = weights_by_hand(25)
     average = first.double()
     for step in rest:
@@ -218,25 +216,28 @@ def test_the_teacher_is_an_exponential_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"teacher": 0.9, "evaluate_every": 4}, {"precision": "float16"}]
+    ("changes", "precision"),
+    [({}, "float32"), ({"teacher": 0.9, "evaluate_every": 4}, "float32"), ({}, "float16")],
 )
-def test_it_goes_on_where_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_it_goes_on_where_it_was(
+    changes: dict[str, Any], precision: Precision, tmp_path: Path
+) -> None:
     def score(network: Segmenter) -> dict[str, float]:
         assert isinstance(network, Line)
         return {"source": -abs(float(network.weight.detach()[1]) - 1)}
 
-    settings = settings_of(tmp_path, checkpoint_every=10, resume=True, **changes)
-    whole = run(phase_of(score=score), settings)
-    kept = load_unfinished("stage 1", settings)
+    run = run_of(tmp_path, checkpoint_every=10)
+    whole = trained(phase_of(score=score, precision=precision), run, **changes)
+    again = run_of(tmp_path, checkpoint_every=10, resume=True)
+    kept = again.unfinished("stage 1")
     assert kept is not None
     assert kept["iteration"] == 20
-    assert load_unfinished("stage 2", settings) is None
-    phase = phase_of(score=score)
-    train(phase, settings, Records(None), copy.deepcopy(kept))
-    assert torch.equal(phase.networks["network"].weight, whole)  # type: ignore[arg-type]
+    assert again.unfinished("stage 2") is None
+    weight = trained(phase_of(score=score, precision=precision), again, **changes)
+    assert torch.equal(weight, whole)
 
 
 def test_half_precision_is_scaled(tmp_path: Path) -> None:
     *_, expected = weights_by_hand(25)
-    weight = run(phase_of(), settings_of(tmp_path, precision="float16"))
+    weight = trained(phase_of(precision="float16"), run_of(tmp_path))
     torch.testing.assert_close(weight, expected)

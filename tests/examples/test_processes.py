@@ -5,7 +5,6 @@ the tests read those.
 """
 
 import copy
-import dataclasses
 import functools
 import json
 import os
@@ -15,20 +14,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import loop
 import pytest
 import torch
 import torch.distributed as dist
 import train
-from adversarial import Discriminator
 from classes import NUM_CLASSES
-from records import load_checkpoint
-from settings import Settings, parse_settings
+from data import Data, open_data
+from engine import loop
+from engine.files import load_checkpoint
+from method import Stage, StageSettings, begin_stage, paper_losses
+from networks.build import new_network
+from scores import evaluate, label_quality
+from settings import parse_settings
 from streams import Loading, RandomStream
 from synthetic import write_synthetic_pair
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
+from warm_up import Discriminator, adversarial_losses, source_losses
 
 TRAIN = Path(train.__file__)
 SECONDS = 120  # a hang is a failure
@@ -37,17 +40,15 @@ KINDS = ("source", "adversarial", "paper", "paper in parts")
 Report = dict[str, Any]
 
 
-def settings_of(folder: Path) -> Settings:
+def arguments_of(folder: Path) -> list[str]:
     """No randomness within a step, which processes cannot share, and no statistics of a batch."""
-    return parse_settings(
-        [
-            *("--source", str(folder / "pair" / "source"), "--output", str(folder / "none")),
-            *("--target", str(folder / "pair" / "target"), "--resize", "height:48"),
-            *("--crop", "32", "48", "--workers", "0", "--device", "cpu", "--threads", "1"),
-            *("--no-photometric", "--batch-norm", "freeze", "--distance-weight", "0.5"),
-            *("--adversarial-weight", "0.5", "--probability", "0.3"),
-        ]
-    )
+    return [
+        *("--source", str(folder / "pair" / "source"), "--output", str(folder / "none")),
+        *("--target", str(folder / "pair" / "target"), "--resize", "height:48"),
+        *("--crop", "32", "48", "--workers", "0", "--device", "cpu", "--threads", "1"),
+        *("--no-photometric", "--batch-norm", "freeze", "--distance-weight", "0.5"),
+        *("--adversarial-weight", "0.5", "--probability", "0.3"),
+    ]
 
 
 def without_dropout(network: nn.Module) -> None:
@@ -58,38 +59,35 @@ def without_dropout(network: nn.Module) -> None:
 
 def report_of(folder: Path) -> Report:
     """Everything that processes have to agree upon, as this process computes it."""
-    settings = settings_of(folder)
-    data = train.open_data(settings)
-    network = train.new_network(settings)
+    settings = parse_settings(arguments_of(folder))
+    data = open_data(settings.data, Loading(0))
+    network = new_network(settings.network, settings.run.seed, torch.device("cpu"))
     network.load_state_dict(torch.load(folder / "network.pt"))
     without_dropout(network)
-    stage = train.begin_stage(network, data, settings)
+    stage = begin_stage(network, data, settings.stages)
     return {
         "class weight": data.class_weight,
         "anchors": stage.labeler.centroids,
         "counts": stage.counts,
         "margins": stage.labeler.by_anchor.min_margin,
-        "quality": {k: q.counts for k, q in train.analyze_labels(stage, data, settings).items()},
-        "confusion": train.evaluate(network, data.evaluation, data, settings).counts,
-        **{kind: gradients(kind, network, stage, data, settings) for kind in KINDS},
+        "quality": {k: q.counts for k, q in label_quality(stage, data, "both").items()},
+        "confusion": evaluate(network, data.evaluation, data).counts,
+        **{kind: gradients(kind, network, stage, data, settings.stages) for kind in KINDS},
     }
 
 
 def gradients(
-    kind: str, network: nn.Module, stage: train.Stage, data: train.Data, settings: Settings
+    kind: str, network: nn.Module, stage: Stage, data: Data, settings: StageSettings
 ) -> dict[str, torch.Tensor]:
     """Of the first step, with the same four images of each domain however many processes."""
     torch.manual_seed(0)
-    weight = data.class_weight
     networks = nn.ModuleDict({"network": copy.deepcopy(network)})
     losses: dict[str, loop.Losses] = {
-        "source": functools.partial(train.source_losses, class_weight=weight, settings=settings),
-        "adversarial": functools.partial(
-            train.adversarial_losses, class_weight=weight, settings=settings
-        ),
+        "source": functools.partial(source_losses, data=data),
+        "adversarial": functools.partial(adversarial_losses, data=data, weight=0.5),
     }
     losses["paper"] = losses["paper in parts"] = functools.partial(
-        train.paper_losses, stage=stage, class_weight=weight, settings=settings
+        paper_losses, stage=stage, data=data, settings=settings
     )
     streams: list[RandomStream[Any]] = [RandomStream(data.source, (0, 0))]
     if kind == "adversarial":
@@ -98,9 +96,9 @@ def gradients(
         streams.append(RandomStream(data.target, (0, 1)))
     objective = loop.Objective(networks, losses[kind]).train()
     whole = DistributedDataParallel(objective) if dist.is_initialized() else objective
-    loaders = [stream.batches(0, 1, 4, Loading(0, False)) for stream in streams]
+    loaders = [stream.batches(0, 1, 4, Loading(0)) for stream in streams]
     (samples,) = zip(*loaders, strict=True)
-    batch = list(loop._flat(samples))
+    batch = list(loop.flat(samples))
     parts = 2 if kind == "paper in parts" else 1
     values = loop.back_propagate(whole, batch, parts, torch.amp.GradScaler("cpu", enabled=False))
     gradient = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
@@ -124,11 +122,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_synthetic_pair(
         root / "pair", seed=0, source_images=11, target_images=5, val_images=3, height=48
     )
-    settings = dataclasses.replace(
-        settings_of(root), output=root / "begun", batch_norm="train", max_iterations=30, stages=0
-    )
-    settings.output.mkdir()
-    train.adapt(settings)
+    flags = ["--output", str(root / "begun"), "--batch-norm", "train", "--max-iterations", "30"]
+    train.adapt([*arguments_of(root), *flags, "--stages", "0"])
     parts = load_checkpoint(root / "begun" / "checkpoints" / "warm-up.pt")
     torch.save(parts["network"], root / "network.pt")
     return root

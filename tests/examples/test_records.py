@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from classes import NUM_CLASSES
-from records import Records, load_checkpoint, save_checkpoint, write_atomically, write_text
+from engine.files import load_checkpoint, save_checkpoint, write_atomically, write_text
+from engine.records import Records
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )

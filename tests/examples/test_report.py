@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anchorda import ConfusionMatrix, ScoreCalibrator
 
+MAPS = ("truth", "warm_up", "adapted", "pseudo")
 NOTHING: dict[str, float | None] = dict.fromkeys(CLASS_NAMES)
 TERMS = {"warm-up": {"source": 1.0}, "stage 1": {"source": 1.0, "pseudo": 2.0}}
 LINES: list[dict[str, object]] = [
@@ -49,13 +50,14 @@ def anchors(seen: list[int]) -> Tensor:
     return centroids
 
 
-def panel(height: int, width: int, **labels: int) -> report.Panel:
-    maps = {
-        name: torch.full((height, width), labels.get(name, IGNORE))
-        for name in report.Panel._fields[1:]
-    }
-    maps["pseudo"] = maps["pseudo"][::4, ::4]
-    return report.Panel(torch.full((3, height, width), 0.5), **maps)
+def panel(height: int, width: int, **labels: int) -> tuple[Tensor, list[Tensor]]:
+    maps = [torch.full((height, width), labels.get(name, IGNORE)) for name in MAPS]
+    maps[-1] = maps[-1][::4, ::4]
+    return torch.full((3, height, width), 0.5), maps
+
+
+def save_panels(folder: Path, *rows: tuple[Tensor, list[Tensor]]) -> None:
+    report.save_rows(folder, ("image", *MAPS), rows)
 
 
 def pixels(path: Path) -> NDArray[np.uint8]:
@@ -74,7 +76,7 @@ def margins(*right: float) -> ScoreCalibrator:
 
 
 PICTURES: list[Callable[[Path], object]] = [
-    lambda folder: report.save_panels(folder / "picture.png", [panel(12, 16, truth=3)]),
+    lambda folder: save_panels(folder / "picture.png", panel(12, 16, truth=3)),
     lambda folder: report.save_curves(folder / "picture.png", write_metrics(folder, *LINES)),
     lambda folder: report.save_anchor_distances(folder / "picture.png", anchors([0, 4, 18])),
     lambda folder: report.save_label_quality(folder / "picture.png", write_metrics(folder, *LINES)),
@@ -161,7 +163,7 @@ def test_panels_show_each_label_map_in_its_place_and_color(
         panel(*sizes[0], truth=0, warm_up=8, adapted=10, pseudo=13),
         panel(*sizes[1], truth=18, warm_up=-1, adapted=250, pseudo=2),
     ]
-    report.save_panels(tmp_path / "panels.png", rows)
+    save_panels(tmp_path / "panels.png", *rows)
     picture = pixels(tmp_path / "panels.png")
     box = picture.shape[1] / 5
     is_gray = (np.abs(picture[:, int(box / 2)].astype(int) - 128) <= 1).all(axis=1)
@@ -180,8 +182,8 @@ def test_panels_show_each_label_map_in_its_place_and_color(
 
 
 def test_panel_fills_its_box_whatever_the_resolution_of_the_pseudo_labels(tmp_path: Path) -> None:
-    odd = panel(50, 100, pseudo=11)._replace(pseudo=torch.full((9, 11), 11))
-    report.save_panels(tmp_path / "panels.png", [odd])
+    image, maps = panel(50, 100)
+    save_panels(tmp_path / "panels.png", (image, [*maps[:-1], torch.full((9, 11), 11)]))
     picture = pixels(tmp_path / "panels.png")
     box = picture.shape[1] // 5
     found = (picture[:, -box:] == PALETTE[11]).all(axis=2)
@@ -195,7 +197,7 @@ def test_legend_names_the_classes_that_occur_and_no_other(
 ) -> None:
     names = []
     monkeypatch.setattr(report, "_save", lambda figure, path: names.extend(legend_of(figure)))
-    report.save_panels(tmp_path / "panels.png", [panel(8, 8, truth=0), panel(8, 8, pseudo=11)])
+    save_panels(tmp_path / "panels.png", panel(8, 8, truth=0), panel(8, 8, pseudo=11))
     assert names == ["road", "person", "ignored"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import train
-from records import load_checkpoint
+from engine.files import load_checkpoint
 from synthetic import write_synthetic_pair
 
 KILLS = 24

@@ -9,9 +9,15 @@ import pytest
 import torch
 import train
 from classes import NUM_CLASSES
-from deeplab import DeepLab
-from records import Records, load_checkpoint
+from data import open_data
+from engine.files import load_checkpoint
+from engine.run import Run
+from networks.build import new_network
+from networks.deeplab import DeepLab
+from networks.segmenter import Segmenter
+from scores import select
 from settings import PRESETS, Settings, parse_settings
+from streams import Loading
 from synthetic import SourceFormat, write_synthetic_pair
 
 WHAT = ("labels", "distance")
@@ -36,11 +42,10 @@ def test_a_preset_runs_whole_on_tiny_images(preset: str, tmp_path: Path) -> None
         *("--stages", "2", "--margin", "0.01", "--workers", "0", "--device", "cpu"),
     ]
     (tmp_path / "run").mkdir()
-    settings = parse_settings(arguments)
-    assert (settings.network, settings.warmup, settings.optimizer) == (
-        *("deeplab101", "adversarial", "sgd"),
-    )
-    train.adapt(settings)
+    train.adapt(arguments)
+    saved = (tmp_path / "run" / "settings.toml").read_text()
+    for line in ('network = "deeplab101"', 'warmup = "adversarial"', 'optimizer = "sgd"'):
+        assert line in saved
     events = events_of(tmp_path / "run")
     phases = ["warm-up", "stage 1", "stage 2"]
     assert [e["phase"] for e in events if e["kind"] == "evaluation"] == phases
@@ -64,8 +69,12 @@ def tiny_run(pair: tuple[Path, Path], output: Path, *flags: str) -> Settings:
         *("--max-iterations", "2", "--stages", "1"),
     ]
     settings = parse_settings([*arguments, *flags])
-    train.adapt(settings)
+    train.adapt([*arguments, *flags])
     return settings
+
+
+def initial(settings: Settings) -> Segmenter:
+    return new_network(settings.network, settings.run.seed, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +147,10 @@ def test_stages_start_from_given_weights_without_a_warm_up(
 def test_frozen_batch_norm_stays_as_it_was(pair: tuple[Path, Path], tmp_path: Path) -> None:
     flags = ("--batch-norm", "freeze", "--network", "deeplab18")
     settings = tiny_run(pair, tmp_path / "run", *flags)
-    before = train.new_network(settings).state_dict()
+    before = initial(settings).state_dict()
     after = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-1.pt")["network"]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {
-        name for name, p in train.new_network(settings).named_parameters() if p.requires_grad
-    }
+    assert moved == {name for name, p in initial(settings).named_parameters() if p.requires_grad}
     assert not any("bn" in name or "running" in name for name in moved)
 
 
@@ -153,8 +160,9 @@ def test_synchronized_batch_norm_is_in_every_place_and_loads_elsewhere(
     # Statistics over processes need GPUs; in evaluation it runs anywhere.
     arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--network", "deeplab18"]
     settings = parse_settings([*arguments, "--output", str(tmp_path), "--device", "cpu"])
-    plain = train.new_network(settings).eval()
-    synced = train.new_network(dataclasses.replace(settings, batch_norm="sync")).eval()
+    plain = initial(settings).eval()
+    sync = dataclasses.replace(settings.network, batch_norm="sync")
+    synced = initial(dataclasses.replace(settings, network=sync)).eval()
     norms = [m for m in synced.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
@@ -173,14 +181,11 @@ def test_a_stage_starts_from_the_best_network_of_the_one_before(
     scores = [e["miou"]["source"] for e in chosen if e["phase"] == "warm-up"]  # type: ignore[index]
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "warm-up.pt")
     settings = parse_settings(["--preset", "gta5"])
-    assert settings.best_by == "source"
-    saved = dataclasses.replace(
-        parse_settings([]), source=pair[0], target=pair[1], resize="height:32", crop=(32, 48),
-        workers=0, device="cpu",
-    )  # fmt: skip
-    data, network = train.open_data(saved), train.new_network(saved)
+    assert settings.training.best_by == "source"
+    saved = parse_settings(["--preset", str(tmp_path / "run" / "settings.toml"), "--resume"])
+    data, network = open_data(saved.data, Loading(0)), initial(saved)
     network.load_state_dict(parts["network"])
-    again = train.select(network, data=data, settings=saved)["source"]
+    again = select(network, data=data)["source"]
     assert again == max(scores)
     stage = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-1.pt")["held"]["stage"]
     for name, value in parts["network"].items():
@@ -196,15 +201,15 @@ def test_one_step_at_true_size_from_true_files(tmp_path: Path) -> None:
         *("--workers", "0", "--device", "cpu", "--margin", "0"),
     ]
     settings = parse_settings(arguments)
-    data = train.open_data(settings)
-    # Anchors of crops: whole images take minutes on a CPU.
-    data = dataclasses.replace(data, source_whole=data.source)
-    network = train.new_network(settings)
+    data = open_data(settings.data, Loading(0))
+    # Crops stand for whole images, which take minutes on a CPU.
+    crops = data.source
+    data = dataclasses.replace(data, source_whole=crops, evaluation=crops, analysis=None)
+    network = initial(settings)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    stage = train.begin_stage(network, data, settings)
-    records = Records(tmp_path)
-    records.rewind(0)
-    train.train_stage(network, stage, data, settings, records, 1, {})
+    run = Run(settings.run, settings.plain())
+    experiment = train.Experiment(run, data, settings.training)
+    train.train_stage(1, None, network, experiment, settings.stages)
     (event,) = [e for e in events_of(tmp_path) if e["kind"] == "losses"]
     terms = event["terms"]
     assert isinstance(terms, dict)

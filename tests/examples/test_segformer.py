@@ -6,16 +6,16 @@ import os
 import shutil
 from pathlib import Path
 
-import build
 import pytest
 import torch
+from networks import build
 from torch import Tensor
 
 import anchorda
 
 pytest.importorskip("transformers", reason="transformers is not installed")
+from networks.segformer import SegFormer, load_encoder, load_segformer
 from safetensors.torch import load_file, save_file
-from segformer import SegFormer, load_encoder, load_segformer
 from transformers import (
     SegformerConfig,
     SegformerForImageClassification,

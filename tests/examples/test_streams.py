@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import parallel
 import pytest
 import torch
+from engine import parallel
 from readers import DatasetError, ResizeAndCrop, UnlabeledImages
 from streams import Loading, RandomStream, each_once, numbers, seed_of
 from synthetic import write_synthetic_pair
@@ -30,7 +30,7 @@ class Numbers:
 
 def batches(first: int = 0, workers: int = 0, seed: int = 0) -> list[list[list[int]]]:
     stream = RandomStream(Numbers(), (seed, 1))
-    loader = stream.batches(first, 6, 4, Loading(workers, pinned=False))
+    loader = stream.batches(first, 6, 4, Loading(workers))
     return [batch.tolist() for batch in loader]
 
 
@@ -71,7 +71,7 @@ def test_processes_see_every_sample_once(size: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(parallel, "size", lambda: size)
     for rank in range(size):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        loaded = each_once(samples, "samples", Loading(0, pinned=False))
+        loaded = each_once(samples, "samples", Loading(0))
         seen += [int(number) for (number,) in loaded]
     assert sorted(seen) == [0, 1, 2]
 
@@ -98,4 +98,4 @@ def test_a_broken_file_is_named_from_a_worker(tmp_path: Path) -> None:
     images[1].write_bytes(images[1].read_bytes()[:300])
     stream = RandomStream(UnlabeledImages(images, ResizeAndCrop("height:16", (8, 8))), (0,))
     with pytest.raises(DatasetError, match=images[1].name):
-        list(stream.batches(0, 1, 2, Loading(1, pinned=False)))
+        list(stream.batches(0, 1, 2, Loading(1)))

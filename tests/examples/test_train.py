@@ -11,9 +11,16 @@ import pytest
 import torch
 import train
 from classes import CLASS_NAMES, NUM_CLASSES
-from network import SmallSegmenter
-from records import load_checkpoint, save_checkpoint
+from data import Data, open_data
+from engine.files import load_checkpoint, save_checkpoint
+from engine.loop import TrainingSettings, make_optimizer, scheduled
+from method import begin_stage, restore_stage
+from networks.build import new_network
+from networks.segmenter import Segmenter
+from networks.small import SmallSegmenter
+from scores import evaluate, margin_counts
 from settings import Settings, parse_settings
+from streams import Loading
 from synthetic import write_synthetic_pair
 
 TRAIN = Path(train.__file__)
@@ -38,8 +45,16 @@ def run(pair: tuple[Path, Path], output: Path, *flags: str) -> list[dict[str, ob
     output.mkdir()
     source, target = (str(folder) for folder in pair)
     arguments = ["--source", source, "--target", target, "--output", str(output), *TINY, *flags]
-    train.adapt(parse_settings(arguments))
+    train.adapt(arguments)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def opened(settings: Settings) -> Data:
+    return open_data(settings.data, Loading(settings.run.workers))
+
+
+def initial(settings: Settings) -> Segmenter:
+    return new_network(settings.network, settings.run.seed, torch.device("cpu"))
 
 
 def network_of(output: Path, phase: str) -> dict[str, torch.Tensor]:
@@ -87,9 +102,7 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
     assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
     # A stage's labeler can be had back from its checkpoint alone.
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
-    stage = train.restore_stage(
-        SmallSegmenter(NUM_CLASSES), parts["held"]["stage"], parse_settings([])
-    )
+    stage = restore_stage(SmallSegmenter(NUM_CLASSES), parts["held"]["stage"])
     assert stage.labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
 
 
@@ -152,11 +165,10 @@ def test_synthia_is_evaluated_on_the_classes_it_knows(
     truth = {}
     for source_format in ("gta5", "synthia"):
         settings = parse_settings([*arguments, "--source-format", "synthia"])
-        data = train.open_data(settings)
+        data = opened(settings)
         if source_format == "gta5":
             data = dataclasses.replace(data, evaluated=tuple(range(NUM_CLASSES)))
-        network = train.new_network(settings)
-        confusion = train.evaluate(network, data.evaluation, data, settings)
+        confusion = evaluate(initial(settings), data.evaluation, data)
         truth[source_format] = confusion.counts.sum(dim=1)
     unknown = torch.tensor([name in UNKNOWN_TO_SYNTHIA for name in CLASS_NAMES])
     assert truth["gta5"][unknown].any()
@@ -170,13 +182,13 @@ def test_margins_are_chosen_class_by_class(
     source, target = (str(folder) for folder in pair)
     arguments = ["--source", source, "--target", target, "--output", str(tmp_path), *TINY]
     settings = parse_settings([*arguments, "--margin", margin])
-    data = train.open_data(settings)
-    stage = train.begin_stage(train.new_network(settings), data, settings)
+    data = opened(settings)
+    stage = begin_stage(initial(settings), data, settings.stages)
     minimum = stage.labeler.by_anchor.min_margin
     assert minimum.shape == (NUM_CLASSES,)
     domain = data.analysis if margin.startswith("coverage") else data.held_out
     assert domain is not None
-    curve = train.all_margins(stage, domain, settings).curve()
+    curve = margin_counts(stage, domain, data).curve()
     seen = 0
     for c in minimum.isfinite().nonzero().flatten().tolist():
         at = curve.min_scores.tolist().index(minimum[c].item())
@@ -188,7 +200,7 @@ def test_margins_are_chosen_class_by_class(
 
 def test_the_held_out_tenth_is_not_trained_on(pair: tuple[Path, Path]) -> None:
     arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--output", "none", *TINY]
-    data = train.open_data(parse_settings(arguments))
+    data = opened(parse_settings(arguments))
     assert (len(data.source), len(data.source_whole), len(data.held_out)) == (4, 4, 1)
     held_out = data.held_out[0][0]
     assert not any(torch.equal(data.source_whole[i][0], held_out) for i in range(4))
@@ -196,7 +208,7 @@ def test_the_held_out_tenth_is_not_trained_on(pair: tuple[Path, Path]) -> None:
 
 def test_rare_classes_weigh_more_and_the_mean_over_pixels_is_one(pair: tuple[Path, Path]) -> None:
     arguments = ["--source", str(pair[0]), "--target", str(pair[1]), "--output", "none", *TINY]
-    data = train.open_data(parse_settings(arguments))
+    data = opened(parse_settings(arguments))
     whole = data.source_whole
     labels = torch.cat([whole[i][1].flatten() for i in range(len(whole))])
     counts = torch.bincount(labels[labels < NUM_CLASSES], minlength=NUM_CLASSES)
@@ -213,7 +225,8 @@ def test_rare_classes_weigh_more_and_the_mean_over_pixels_is_one(pair: tuple[Pat
 
 def test_the_learning_rate_rises_and_falls() -> None:
     network = SmallSegmenter(NUM_CLASSES)
-    optimizer, schedule = train.make_optimizer(network, 0.5, 40, Settings())
+    training = TrainingSettings()
+    optimizer, schedule = scheduled(make_optimizer(network, 0.5, training), 40, training.rise)
     rates = []
     for _ in range(40):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -228,9 +241,10 @@ def test_the_learning_rate_rises_and_falls() -> None:
 @pytest.mark.parametrize("preset", ["gta5", "synthia"])
 def test_presets_are_optimized_as_published(preset: str) -> None:
     settings = parse_settings(["--preset", preset])
-    count, rate = settings.stage_iterations, settings.stage_learning_rate
+    count, rate = settings.stages.stage_iterations, settings.stages.stage_learning_rate
+    training = settings.training
     network = SmallSegmenter(NUM_CLASSES)
-    optimizer, schedule = train.make_optimizer(network, rate, count, settings)
+    optimizer, schedule = scheduled(make_optimizer(network, rate, training), count, training.rise)
     assert isinstance(optimizer, torch.optim.SGD)
     (group,) = optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.9, 2e-4)

@@ -1,21 +1,10 @@
-"""The network: what the method asks of one, and a small one that a CPU can train."""
+"""A small network that a CPU can train from nothing."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Segmenter(nn.Module):
-    """What training asks of a network: any module with this attribute and this forward."""
-
-    feature_dim: int
-    """D, the channels of the features that the classifier sees."""
-    align_corners = False
-    """How its logits lie over the image: what bilinear interpolation to its size has to assume."""
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, D, h, w) and logits (N, C, h, w) of images (N, 3, H, W) in [0, 1]."""
-        raise NotImplementedError
+from networks.segmenter import Segmenter
 
 
 class SmallSegmenter(Segmenter):

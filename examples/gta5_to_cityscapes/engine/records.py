@@ -1,14 +1,13 @@
-"""What a run leaves behind: metrics, TensorBoard scalars and checkpoints."""
+"""Metrics of a run: `metrics.jsonl`, and the same numbers for TensorBoard."""
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from classes import CLASS_NAMES
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -17,10 +16,10 @@ from anchorda import ConfusionMatrix, PseudoLabelQuality
 
 
 class Records:
-    """Writes `metrics.jsonl`, a line per event, and the same numbers for TensorBoard.
+    """Writer of `metrics.jsonl`, a line for each event, and of the same numbers for TensorBoard.
 
     Args:
-        folder: of the run; None writes nothing, which is for all processes but the first.
+        folder: The folder of the run; None, for all processes but the first, writes nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -29,7 +28,7 @@ class Records:
         self._evaluations = 0
 
     def rewind(self, size: int) -> None:
-        """Forget what was written beyond `size` bytes of the metrics, and go on from there."""
+        """Cut the metrics to `size` bytes and go on from there."""
         if self._folder is None:
             return
         self.close()
@@ -43,7 +42,7 @@ class Records:
             self._draw(json.loads(line))
 
     def size(self) -> int:
-        """The bytes of the metrics so far, which are on disk now, whatever comes."""
+        """The size of the metrics in bytes, after they have been flushed to the disk."""
         if self._folder is None:
             return 0
         with (self._folder / "metrics.jsonl").open("rb") as file:
@@ -56,7 +55,7 @@ class Records:
         self._write(event)
 
     def selection(self, phase: str, iteration: int, scores: Mapping[str, float]) -> None:
-        """Record what the best network of a phase is chosen by."""
+        """Record the scores by which the best network of a phase is chosen."""
         event = {"kind": "selection", "phase": phase, "iteration": iteration}
         self._write(event | {"miou": {name: _or_none(value) for name, value in scores.items()}})
 
@@ -70,7 +69,7 @@ class Records:
         self._write({"kind": "evaluation", "phase": phase, **scores})
 
     def pseudo_labels(self, phase: str, labeler: str, quality: PseudoLabelQuality) -> None:
-        """Record how many pseudo-labels there are and how many of them are right."""
+        """Record coverage, precision and recall of pseudo-labels."""
         scores = {
             "coverage": _by_class(quality.coverage()),
             "precision": _by_class(quality.precision()),
@@ -104,62 +103,6 @@ class Records:
         elif event["kind"] == "evaluation":
             self._evaluations += 1
             self._board.add_scalar("evaluation/mIoU", _or_nan(event["miou"]), self._evaluations)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, which then takes the place of `path` as a whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def save_checkpoint(path: Path, parts: Mapping[str, object]) -> None:
-    """Save the parts of a run, of plain values and tensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: torch.save(dict(parts), temporary))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load what `save_checkpoint` saved; nothing in the file is executed.
-
-    Raises:
-        ValueError: if the file is damaged or holds something else.
-    """
-    try:
-        parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(parts, dict):
-            raise TypeError(f"it holds a {type(parts).__name__}")
-    except OSError:
-        raise
-    except Exception as error:  # Unpickling what is damaged may raise any.
-        raise ValueError(
-            f"{path} is not a checkpoint of this example, or it is damaged ({error})."
-        ) from error
-    return parts
-
-
-def load_finished(path: Path) -> dict[str, Any]:
-    """Load the checkpoint of a finished phase.
-
-    Raises:
-        ValueError: if the file is damaged, or holds a phase in progress, or something else.
-    """
-    parts = load_checkpoint(path)
-    missing = [name for name in ("settings", "network") if name not in parts]
-    if missing:
-        mend = " Take one of a finished phase, such as stage-3.pt." if "networks" in parts else ""
-        raise ValueError(f"{path} is not a checkpoint of a phase: it lacks {missing}.{mend}")
-    return parts
 
 
 def _by_class(values: Tensor) -> dict[str, float | None]:

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from network import Segmenter
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
+
+from networks.segmenter import Segmenter, weights_error
 
 
 class _Size(NamedTuple):
@@ -129,10 +130,9 @@ def _load(module: nn.Module, kind: _Kind, source: str, size: str, allowed: set[s
             ),
         },
     }
-    lines = [f"{what}: {', '.join(sorted(names))}" for what, names in differences.items() if names]
-    if lines:
-        message = f"Expected {source!r} to hold the weights of this network, but they differ."
-        raise ValueError("\n".join([message, *lines]))
+    error = weights_error(source, {kind: sorted(names) for kind, names in differences.items()})
+    if error is not None:
+        raise error
     module.load_state_dict(state)
 
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from network import Segmenter
 from torch import Tensor, nn
+
+from networks.segmenter import Segmenter, weights_error
 
 
 class DeepLab(Segmenter):
@@ -246,10 +247,9 @@ def _load(module: nn.Module, path: Path, dropped: Sequence[str] = ()) -> None:
             if name in own and value.shape != own[name].shape
         ],
     }
-    lines = [f"{what}: {', '.join(names)}" for what, names in differences.items() if names]
-    if lines:
-        message = f"Expected {str(path)!r} to hold the weights of this network, but they differ."
-        raise ValueError("\n".join([message, *lines]))
+    error = weights_error(path, differences)
+    if error is not None:
+        raise error
     module.load_state_dict(state, strict=False)
 
 
@@ -290,37 +290,3 @@ def _read(path: Path) -> object:
                 "values alone, but it is damaged or holds something else; nothing of it was run."
             ) from error
     return content
-
-
-# -------------------------------------------------------------------------------------- batch norm
-
-
-def freeze_batch_norm(network: nn.Module) -> None:
-    """Fix the statistics, the scale and the shift of every batch norm at what they are now.
-
-    Call it before the optimizer is made: what is fixed is no parameter any more.
-    """
-    # Other modules take their place, under the same names, rather than the same ones in evaluation
-    # mode: no train(), copy or conversion to synchronized batch norm can thaw them unnoticed.
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
-                setattr(module, name, _FrozenBatchNorm(child))
-
-
-class _FrozenBatchNorm(nn.Module):
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        for name, value in norm.state_dict().items():
-            self.register_buffer(name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )

@@ -1,31 +1,64 @@
-"""The loop of one phase, whatever its losses: gradients, the best network, and the way back.
+"""The loop of one phase, whatever its losses: gradients, the best network, resuming.
 
 A checkpoint holds all that an iteration depends on: networks, optimizers, schedules, scaler,
-teacher, the best network so far, and what the phase holds fixed. Randomness is not in it, because
-all that is drawn in an iteration depends on its number alone (see `streams`).
+teacher, the best network so far, and what the phase holds fixed. It holds no random state, because
+all random numbers of an iteration depend on the iteration's number alone (see `streams`).
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import parallel
 import torch
-from network import Segmenter
-from records import Records, load_checkpoint, save_checkpoint
-from settings import Settings
-from streams import Loading, RandomStream, numbers, seed_of
+from limits import Count, Fraction, Positive, Weight
+from networks.segmenter import Segmenter
+from streams import RandomStream, numbers, seed_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from engine import parallel
+from engine.records import Records
+from engine.run import Run
+
 _SHOW_EVERY = 10  # iterations: reading a loss makes the host wait for the GPU
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Training, in the warm-up and in every stage."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer of the network; sgd has a momentum of 0.9."""
+    weight_decay: Weight = 0.01
+    """Weight decay of the optimizer."""
+    rise: Fraction = 0.05
+    """Part of a phase in which the learning rate rises, before it falls."""
+    accumulate: Positive = 1
+    """Parts in which the gradient of a batch is computed, one after the other, to save memory."""
+    max_iterations: Count = 0
+    """Maximum iterations of every phase; 0 sets none."""
+    teacher: Fraction = 0.0
+    """Decay of a moving average of the weights, with which a phase ends.
+    0 ends with the weights themselves."""
+    evaluate_every: Count = 0
+    """Iterations between evaluations; a phase ends with the best network.
+    0 evaluates no network but the last."""
+    best_by: Literal["source", "target"] = "source"
+    """Images whose mIoU tells the best network: held-out source images, or the target's validation
+    split. The released code chose by the target, whose labels have then been used to choose."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names the flags which do not fit together."""
+
+    def iterations(self, of_phase: int) -> int:
+        """The length of a phase under `max_iterations`."""
+        return min(of_phase, self.max_iterations or of_phase)
 
 
 class Term(NamedTuple):
@@ -34,38 +67,59 @@ class Term(NamedTuple):
     loss: Tensor
     """(): a mean, weight included."""
     amount: Tensor
-    """(): what it is the mean over, such as a number of pixels: how much this process counts."""
+    """(): the number that the mean divides by, such as pixels; it weighs this process."""
 
 
 Batch = Sequence[Tensor]
-"""What each stream gives; (images, labels) of a labeled one are two entries."""
+"""One tensor or several of each stream; (images, labels) of a labeled one are two."""
 Losses = Callable[[nn.ModuleDict, Batch], Mapping[str, Term]]
 """The losses of networks for a part of a batch."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A baseline, a warm-up or a stage: what is trained, on what, and for how long."""
+    """A baseline, a warm-up or a stage: networks, losses, data and length."""
 
     name: str
     number: int
-    """Of the phase within the run: seeds what is drawn in it."""
+    """Number of the phase within the run: a seed of all that is drawn in it."""
     iterations: int
     batch: int
     """Samples of each stream that a step takes, over all processes."""
     networks: nn.ModuleDict
-    """What is trained; `networks["network"]` is what the phase ends with."""
+    """The trained networks; the phase ends with `networks["network"]`."""
     losses: Losses
     optimizers: Sequence[tuple[Optimizer, LRScheduler]]
     streams: Sequence[RandomStream[Any]]
     score: Callable[[Segmenter], Mapping[str, float]]
-    """mIoU by what `Settings.best_by` may name."""
+    """mIoU by the values of `TrainingSettings.best_by`."""
     held: Mapping[str, object] = field(default_factory=dict)
-    """What else a checkpoint has to hold, to take the phase up again."""
+    """What else a checkpoint has to hold to resume the phase."""
+
+
+def make_optimizer(
+    network: nn.Module, learning_rate: float, settings: TrainingSettings
+) -> Optimizer:
+    """The optimizer of a network's trainable weights."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, learning_rate, 0.9, weight_decay=decay)
+    return torch.optim.AdamW(parameters, learning_rate, weight_decay=decay)
+
+
+def scheduled(optimizer: Optimizer, iterations: int, rise: float) -> tuple[Optimizer, LRScheduler]:
+    """The optimizer with its schedule: a linear rise, then a fall by (1 − t/T)^0.9."""
+
+    def factor(iteration: int) -> float:
+        linear = min(1.0, (iteration + 1) / max(1.0, rise * iterations))
+        return linear * math.pow(1 - iteration / max(1, iterations), 0.9)
+
+    return optimizer, LambdaLR(optimizer, factor)
 
 
 class Objective(nn.Module):
-    """Networks and their losses as one module, of which data-parallel training needs one call."""
+    """Networks and their losses as one module: data-parallel training needs one call of one."""
 
     def __init__(self, networks: nn.ModuleDict, losses: Losses) -> None:
         super().__init__()
@@ -77,34 +131,24 @@ class Objective(nn.Module):
         return self._losses(self.networks, batch)
 
 
-def train(
-    phase: Phase, settings: Settings, records: Records, unfinished: Mapping[str, Any] | None
-) -> None:
-    """Train a phase, from its start or from where a checkpoint left it, to the best network.
+def train(phase: Phase, settings: TrainingSettings, run: Run) -> None:
+    """Train a phase to its best network, from the start or from where a checkpoint left it.
 
     Raises:
-        FloatingPointError: if a loss is not finite any more; it names iteration, term and files.
-            Or if a weight of the result is not.
+        FloatingPointError: if a loss becomes non-finite, with iteration, term and files; or if a
+            weight of the result is.
     """
-    network = phase.networks["network"]
-    assert isinstance(network, Segmenter)
     state = _State(phase, settings)
+    unfinished = run.unfinished(phase.name)
     if unfinished is not None:
         state.load(unfinished)
     objective = Objective(phase.networks, phase.losses)
     whole = DistributedDataParallel(objective) if parallel.size() > 1 else objective
-    watch = _Watch(phase, records)
+    watch = _Watch(phase, run.records)
     objective.train()
-    first, device = state.iteration, torch.device(settings.device)
-    loading = loading_of(settings)
-    loaders = [s.batches(first, phase.iterations, phase.batch, loading) for s in phase.streams]
-    progress = tqdm(
-        zip(*loaders, strict=True), desc=phase.name, initial=first, total=phase.iterations,
-        disable=not parallel.is_main(),
-    )  # fmt: skip
-    for iteration, samples in enumerate(progress, start=first + 1):
-        torch.manual_seed(seed_of(settings.seed, phase.number, iteration, parallel.rank()))
-        batch = [tensor.to(device, non_blocking=True) for tensor in _flat(samples)]
+    progress = _batches(phase, state.iteration, run)
+    for iteration, batch in enumerate(progress, start=state.iteration + 1):
+        torch.manual_seed(seed_of(run.settings.seed, phase.number, iteration, parallel.rank()))
         values = back_propagate(whole, batch, settings.accumulate, state.scaler)
         state.step(iteration)
         watch.add(iteration, values)
@@ -113,23 +157,30 @@ def train(
         is_last = iteration == phase.iterations
         if settings.evaluate_every and (is_last or iteration % settings.evaluate_every == 0):
             watch.read()
-            _choose(state, records)
+            state.choose(run.records)
             objective.train()
-        if iteration % settings.checkpoint_every == 0 and not is_last:
+        if iteration % run.settings.checkpoint_every == 0 and not is_last:
             watch.read()
-            # A network that is not finite never takes the place of one that is. If it became so in
-            # this very step, the next loss will tell.
+            # Networks that are not finite never replace those that are. If they became so in this
+            # very step, the next loss will tell.
             if _is_finite(phase.networks):
-                state.save(records)
+                run.interrupt(phase.name, state.plain())
     watch.read()
-    result = state.result()
-    if result is not network:
-        network.load_state_dict(result if isinstance(result, dict) else result.state_dict())
-    if not _is_finite(network):
-        raise FloatingPointError(
-            f"{phase.name}: the weights it ends with are not finite. Lower the learning rate"
-        )
-    parallel.share_buffers(network)
+    state.finish()
+
+
+def _batches(phase: Phase, first: int, run: Run) -> "tqdm[list[Tensor]]":
+    """The batches from number `first` on, on the device, with a progress bar."""
+    loaders = [s.batches(first, phase.iterations, phase.batch, run.loading) for s in phase.streams]
+
+    def on_device() -> Iterator[list[Tensor]]:
+        for samples in zip(*loaders, strict=True):
+            yield [tensor.to(run.device, non_blocking=True) for tensor in flat(samples)]
+
+    return tqdm(
+        on_device(), desc=phase.name, initial=first, total=phase.iterations,
+        disable=not parallel.is_main(),
+    )  # fmt: skip
 
 
 def back_propagate(
@@ -164,42 +215,25 @@ def _over_processes(terms: Mapping[str, Term]) -> dict[str, Tensor]:
     }
 
 
-def loading_of(settings: Settings) -> Loading:
-    """How the settings have batches read."""
-    return Loading(settings.workers, torch.device(settings.device).type == "cuda")
-
-
-def unfinished_path(settings: Settings) -> Path:
-    """Where the checkpoint of a phase in progress is."""
-    return settings.output / "checkpoints" / "unfinished.pt"
-
-
-def load_unfinished(phase: str, settings: Settings) -> dict[str, Any] | None:
-    """The checkpoint from which a phase can go on, if the run was interrupted in it."""
-    path = unfinished_path(settings)
-    if not settings.resume or not path.is_file():
-        return None
-    parts = load_checkpoint(path)
-    return parts if parts["phase"] == phase else None
-
-
 def _is_finite(module: nn.Module) -> bool:
-    """Whether all weights are; processes agree on it, as their weights are the same."""
+    """Return True if all weights are finite; processes agree, as their weights are the same."""
     return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())
 
 
 class _State:
     """All that changes from one iteration of a phase to the next."""
 
-    def __init__(self, phase: Phase, settings: Settings) -> None:
-        self.phase, self.settings = phase, settings
+    def __init__(self, phase: Phase, settings: TrainingSettings) -> None:
+        network = phase.networks["network"]
+        assert isinstance(network, Segmenter)
+        self.phase, self.network = phase, network
+        self.best_by = settings.best_by
         self.iteration = 0
-        device = torch.device(settings.device).type
-        self.scaler = torch.amp.GradScaler(device, enabled=settings.precision == "float16")
+        device = next(network.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=network.precision == "float16")
         self.teacher: AveragedModel | None = None
         if settings.teacher:
             average = get_ema_multi_avg_fn(settings.teacher)
-            network = phase.networks["network"]
             self.teacher = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
         self.best: dict[str, Any] | None = None
 
@@ -212,27 +246,43 @@ class _State:
         for _, schedule in self.phase.optimizers:
             schedule.step()
         if self.teacher is not None:
-            self.teacher.update_parameters(self.phase.networks["network"])
+            self.teacher.update_parameters(self.network)
         self.iteration = iteration
 
-    def candidate(self) -> Segmenter:
-        """The network that would be the result now."""
-        network = self.phase.networks["network"] if self.teacher is None else self.teacher.module
+    def choose(self, records: Records) -> None:
+        """Score the network of this iteration, and keep its weights if it is the best so far."""
+        candidate = self._candidate()
+        parallel.share_buffers(candidate)
+        scores = self.phase.score(candidate)
+        records.selection(self.phase.name, self.iteration, scores)
+        score = scores[self.best_by]
+        score = -math.inf if math.isnan(score) else score
+        if self.best is None or score > self.best["score"]:
+            weights = {name: value.cpu().clone() for name, value in candidate.state_dict().items()}
+            self.best = {"score": score, "iteration": self.iteration, "network": weights}
+
+    def finish(self) -> None:
+        """Give the network the weights that the phase ends with."""
+        if self.best is not None:
+            self.network.load_state_dict(self.best["network"])
+        elif self.teacher is not None:
+            self.network.load_state_dict(self._candidate().state_dict())
+        if not _is_finite(self.network):
+            raise FloatingPointError(
+                f"{self.phase.name}: the weights it ends with are not finite. Lower the learning "
+                "rate"
+            )
+        parallel.share_buffers(self.network)
+
+    def _candidate(self) -> Segmenter:
+        """The network that the phase would end with now."""
+        network = self.network if self.teacher is None else self.teacher.module
         assert isinstance(network, Segmenter)
         return network
 
-    def result(self) -> "Segmenter | dict[str, Tensor]":
-        """What the phase ends with."""
-        return self.candidate() if self.best is None else self.best["network"]
-
-    def save(self, records: Records) -> None:
-        """Write the checkpoint to go on from; the first process does it for all."""
-        size = records.size()
-        if not parallel.is_main():
-            return
-        parts = {
-            "settings": self.settings.plain(),
-            "phase": self.phase.name,
+    def plain(self) -> dict[str, object]:
+        """The parts of a checkpoint."""
+        return {
             "iteration": self.iteration,
             "networks": self.phase.networks.state_dict(),
             "optimizers": [o.state_dict() for o, _ in self.phase.optimizers],
@@ -241,12 +291,10 @@ class _State:
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "best": self.best,
             "held": dict(self.phase.held),
-            "metrics_size": size,
         }
-        save_checkpoint(unfinished_path(self.settings), parts)
 
     def load(self, parts: Mapping[str, Any]) -> None:
-        """Go back to a checkpoint."""
+        """Restore a checkpoint."""
         self.iteration = parts["iteration"]
         self.phase.networks.load_state_dict(parts["networks"])
         for (optimizer, schedule), of_optimizer, of_schedule in zip(
@@ -260,21 +308,8 @@ class _State:
         self.best = parts["best"]
 
 
-def _choose(state: _State, records: Records) -> None:
-    """Score the network of now, and keep it if it is the best so far."""
-    candidate = state.candidate()
-    parallel.share_buffers(candidate)
-    scores = state.phase.score(candidate)
-    records.selection(state.phase.name, state.iteration, scores)
-    score = scores[state.settings.best_by]
-    score = -math.inf if math.isnan(score) else score
-    if state.best is None or score > state.best["score"]:
-        weights = {name: value.cpu().clone() for name, value in candidate.state_dict().items()}
-        state.best = {"score": score, "iteration": state.iteration, "network": weights}
-
-
 class _Watch:
-    """Collects the losses of some iterations, to read them at once."""
+    """Losses of some iterations, to be read from the GPU at once."""
 
     def __init__(self, phase: Phase, records: Records) -> None:
         self.phase, self.records = phase, records
@@ -284,7 +319,7 @@ class _Watch:
         self.pending[iteration] = values
 
     def read(self) -> dict[str, str]:
-        """Record what there is to record, and return what the last iteration has to show."""
+        """Record the losses so far, and return those of the last iteration to show them."""
         shown: dict[str, str] = {}
         if not self.pending:
             return shown
@@ -310,6 +345,7 @@ class _Watch:
         )
 
 
-def _flat(samples: Sequence[Any]) -> Iterator[Tensor]:
+def flat(samples: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors of samples, each of which is a tensor or several."""
     for sample in samples:
         yield from (sample,) if isinstance(sample, Tensor) else sample

@@ -21,7 +21,7 @@ def start(device: str) -> torch.device:
 
 
 def started() -> int:
-    """How many processes `torchrun` has started, also before they have joined."""
+    """Number of processes that `torchrun` has started, also before they have joined."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
@@ -37,17 +37,17 @@ def rank() -> int:
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Return True in the process that writes and prints."""
     return rank() == 0
 
 
 def wait() -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 

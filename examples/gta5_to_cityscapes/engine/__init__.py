@@ -1,0 +1,1 @@
+"""Long, safe and parallel training of any losses; nothing in here knows of anchors."""

@@ -1,0 +1,1 @@
+"""The networks: the contract in `segmenter`, one file for each architecture, `build` names them."""

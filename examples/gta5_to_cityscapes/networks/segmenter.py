@@ -1,0 +1,58 @@
+"""The contract of a network, and the two functions by which the method calls one."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Segmenter(nn.Module):
+    """A segmentation network that also returns the features that its classifier sees.
+
+    A network of your own is a subclass with `feature_dim` and `forward`; name it in `build.py`.
+    """
+
+    feature_dim: int
+    """D, the channels of the features."""
+    align_corners = False
+    """The `align_corners` of bilinear interpolation from the logits to the image."""
+    precision: Precision = "float32"
+    """The dtype of autocast in `segment`."""
+    compiled = False
+    """True if `torch.compile` runs the network; a copy of the network has to be compiled anew."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, D, h, w) and logits (N, C, h, w) of images (N, 3, H, W) in [0, 1]."""
+        raise NotImplementedError
+
+
+def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
+    """The precision of a network, as a context."""
+    dtype = torch.float16 if network.precision == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=network.precision != "float32")
+
+
+def segment(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of images, at the precision of the network."""
+    with autocast(network, images.device):
+        # Channels last is the layout in which CPUs and tensor cores convolve fastest.
+        features, logits = network(images.contiguous(memory_format=torch.channels_last))
+    return features, logits
+
+
+def enlarge(network: nn.Module, logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Logits (N, C, *size), float32, interpolated to the size of the images."""
+    aligned = bool(network.align_corners)
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=aligned)
+
+
+def weights_error(source: object, differences: dict[str, list[str]]) -> ValueError | None:
+    """The error that lists how weights differ from those of a network, or None if they do not."""
+    lines = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
+    if not lines:
+        return None
+    message = f"Expected {str(source)!r} to hold the weights of this network, but they differ."
+    return ValueError("\n".join([message, *lines]))

@@ -1,0 +1,64 @@
+"""Scores of networks, and of pseudo-labels where the truth is known; nothing here is trained on."""
+
+import torch
+from classes import IGNORE, NUM_CLASSES
+from data import Data
+from method import Stage, count_margins, label_target
+from networks.segmenter import Segmenter, enlarge, segment
+from readers import LabeledImages
+from streams import each_once
+from torch import Tensor
+
+import anchorda
+
+
+@torch.no_grad()
+def predict(network: Segmenter, images: Tensor, size: torch.Size) -> Tensor:
+    """Predicted classes (N, H, W) at the size of the labels."""
+    _, logits = segment(network, images)
+    return enlarge(network, logits, size).argmax(dim=1)
+
+
+def evaluate(network: Segmenter, images: LabeledImages, data: Data) -> anchorda.ConfusionMatrix:
+    """The confusion of a network on labeled images."""
+    network.eval()
+    device = data.loading.device
+    confusion = anchorda.ConfusionMatrix(NUM_CLASSES).to(device)
+    evaluated = torch.tensor(data.evaluated, device=device)
+    for image, labels in each_once(images, "evaluation", data.loading):
+        labels = labels.where(torch.isin(labels, evaluated), IGNORE)
+        confusion.update(predict(network, image, labels.shape[1:]), labels)
+    anchorda.all_reduce(confusion)
+    return confusion
+
+
+def select(network: Segmenter, *, data: Data) -> dict[str, float]:
+    """The scores that --best-by chooses from."""
+    domains = {"source": data.held_out, "target": data.evaluation}
+    return {
+        domain: evaluate(network, images, data).mean_iou().item()
+        for domain, images in domains.items()
+    }
+
+
+def label_quality(stage: Stage, data: Data, kinds: str) -> dict[str, anchorda.PseudoLabelQuality]:
+    """The quality of a stage's pseudo-labels by labeler, if the target has training labels."""
+    if data.analysis is None:
+        return {}
+    names = ("anchor", "probability") if kinds == "both" else (kinds,)
+    device = data.loading.device
+    quality = {name: anchorda.PseudoLabelQuality(NUM_CLASSES).to(device) for name in names}
+    for images, labels in each_once(data.analysis, "label quality", data.loading):
+        for kind, guess in label_target(stage, images, kinds).items():
+            truth = anchorda.resize_labels(labels, guess.shape[1:])
+            quality[kind].update(guess, truth)
+    for of_kind in quality.values():
+        anchorda.all_reduce(of_kind)
+    return quality
+
+
+def margin_counts(stage: Stage, images: LabeledImages, data: Data) -> anchorda.ScoreCalibrator:
+    """The margins of all pixels of labeled images, for the curves of other minimums."""
+    old = stage.labeler
+    of_all = anchorda.StageLabeler(old.network, old.centroids, extract=old.extract)
+    return count_margins(of_all, each_once(images, "margins", data.loading))
