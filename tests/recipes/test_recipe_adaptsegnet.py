@@ -166,6 +166,10 @@ def adaptsegnet() -> SimpleNamespace:
     torch.save(trained().state_dict(), n.args.restore_from)
     run_block(PAGE, 1, vars(n))  # The import.
     run_block(PAGE, 2, vars(n))  # The warm-up's weights.
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(n.model.state_dict().values(), trained().state_dict().values(), strict=True)
+    )
     n.model.train()
     return n
 
