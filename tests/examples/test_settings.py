@@ -100,7 +100,10 @@ def test_a_wrong_preset_is_named(
         (["--crop", "0", "9"], "--crop: expected two sizes of at least 1"),
         (["--resize", "height:100"], "--crop (128, 192) is larger than --resize height:100"),
         (["--resize", "width:100"], "--crop (128, 192) is larger than --resize width:100"),
-        (["--network", "unet"], "--network: expected one of small, deeplab18"),
+        (
+            ["--network", "unet"],
+            "invalid choice 'unet' for argument '--network'. Expected",
+        ),
         (["--accumulate", "3"], "--warmup-batch 4 cannot be split into --accumulate 3 equal parts"),
         (["--accumulate", "4"], "--stage-batch 2 cannot be split into --accumulate 4 equal parts"),
         (["--backbone", "weights.pth"], "--backbone and --weights are of other networks"),

@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +14,20 @@ from networks.deeplab import DeepLab, load_backbone, load_network
 from networks.segmenter import Precision, Segmenter
 from networks.small import SmallSegmenter
 
-NETWORKS = (
-    *("small", "deeplab18", "deeplab50", "deeplab101"),
-    *(f"segformer-b{size}" for size in range(6)),
-)
+Name = Literal[
+    "small", "light", "deeplab18", "deeplab50", "deeplab101",
+    "segformer-b0", "segformer-b1", "segformer-b2", "segformer-b3", "segformer-b4", "segformer-b5",
+]  # fmt: skip
+NETWORKS: tuple[Name, ...] = get_args(Name)
 
 
 @dataclass(frozen=True)
 class NetworkSettings:
     """The network, its initial weights, and how it is run."""
 
-    network: str = "small"
-    """Architecture: small, for a CPU; deeplab18, deeplab50 or deeplab101, which is the paper's;
-    segformer-b0 to segformer-b5."""
+    network: Name = "small"
+    """Architecture: small suits a CPU and starts from nothing; light suits a CPU and starts from
+    ImageNet weights; deeplab101 is the paper's; segformer needs the package transformers."""
     weights: str | None = None
     """Weights of a whole network to start from.
     DeepLab: a file, such as one of the released code. SegFormer: a folder or a name on the hub."""
@@ -43,9 +44,7 @@ class NetworkSettings:
 
     def check(self) -> None:
         """Raise a ValueError that names the flags which do not fit together."""
-        if self.network not in NETWORKS:
-            raise ValueError(f"--network: expected one of {', '.join(NETWORKS)}")
-        if self.network == "small" and (self.backbone or self.weights):
+        if self.network in ("small", "light") and (self.backbone or self.weights):
             raise ValueError("--backbone and --weights are of other networks: choose a --network")
         if self.network.startswith("deeplab"):
             for path in filter(None, (self.backbone, self.weights)):
@@ -85,15 +84,24 @@ def build_network(name: str) -> Segmenter:
         return SmallSegmenter(NUM_CLASSES)
     if name.startswith("deeplab"):
         return DeepLab(NUM_CLASSES, depth=int(name.removeprefix("deeplab")))
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError(
-            f"The network {name} needs the package transformers, which is not installed. "
-            'Install it with: pip install ".[segformer]"'
-        )
-    # Imported here: transformers takes seconds to import, and is an extra.
+    # Imported here: not everybody has these packages, and transformers takes seconds to import.
+    if name == "light":
+        _require(name, "efficientnet_lite_pytorch", "examples")
+        from networks.light import LightSegmenter
+
+        return LightSegmenter(NUM_CLASSES)
+    _require(name, "transformers", "segformer")
     from networks.segformer import SegFormer
 
     return SegFormer(NUM_CLASSES, size=name.removeprefix("segformer-"))
+
+
+def _require(network: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"The network {network} needs the package {package}, which is not installed. "
+            f'Install it with: pip install ".[{extra}]"'
+        )
 
 
 def load_weights(network: Segmenter, *, whole: str | None, backbone: str | None) -> None:

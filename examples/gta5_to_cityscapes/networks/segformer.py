@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
-from networks.segmenter import Segmenter, weights_error
+from networks.segmenter import ImageNetNormalization, Segmenter, weights_error
 
 
 class _Size(NamedTuple):
@@ -36,9 +36,6 @@ class SegFormer(Segmenter):
         size: of the encoder, "b0" to "b5".
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, num_classes: int, size: str = "b0") -> None:
         super().__init__()
         if size not in _SIZES:
@@ -57,19 +54,13 @@ class SegFormer(Segmenter):
         # The decoder's last layer becomes the network's own, so that what goes into it comes out.
         self.classifier: nn.Conv2d = self.decoder.classifier
         self.decoder.classifier = nn.Identity()
-        self.register_buffer("mean", _channels(0.485, 0.456, 0.406), persistent=False)
-        self.register_buffer("std", _channels(0.229, 0.224, 0.225), persistent=False)
+        self.normalize = ImageNetNormalization()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
-        images = (images - self.mean) / self.std
-        hidden = self.encoder(images, output_hidden_states=True).hidden_states
+        hidden = self.encoder(self.normalize(images), output_hidden_states=True).hidden_states
         features = self.decoder(hidden)
         return features, self.classifier(features)
-
-
-def _channels(*values: float) -> Tensor:
-    return torch.tensor(values).view(1, 3, 1, 1)
 
 
 def load_encoder(network: SegFormer, source: str) -> None:

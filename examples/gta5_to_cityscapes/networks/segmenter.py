@@ -49,6 +49,22 @@ def enlarge(network: nn.Module, logits: Tensor, size: torch.Size | tuple[int, in
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=aligned)
 
 
+class ImageNetNormalization(nn.Module):
+    """Images in [0, 1] with the mean and the deviation that ImageNet's encoders expect."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The images, centered and scaled channel by channel."""
+        return (images - self.mean) / self.std
+
+
 def weights_error(source: object, differences: dict[str, list[str]]) -> ValueError | None:
     """The error that lists how weights differ from those of a network, or None if they do not."""
     lines = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
