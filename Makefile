@@ -4,17 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-EXAMPLE := $(BIN)/python examples/gta5_to_cityscapes/train.py
 SEED ?= 0
 
-.PHONY: help test lint types unit docs dist matrix demo bench clean
+.PHONY: help test lint types unit docs dist matrix own bench clean
 
 help:
 	@echo "make test   everything CI runs: lint, types, unit tests and doctests, docs, distribution"
 	@echo "make docs   the documentation in build/docs, every warning an error"
 	@echo "make dist   sdist and wheel: metadata, contents, and the wheel alone running README.md"
 	@echo "make matrix the core tests with the oldest and the newest Python and torch; gigabytes"
-	@echo "make demo   adapt a network on a small synthetic pair of data sets; SEED=0"
+	@echo "make own    adapt a network to a small synthetic pair, as to images of your own; SEED=0"
 	@echo "make bench  what the operators cost, as multiples of the memory traffic they need"
 	@echo "make clean  remove what the other targets made, but for runs/"
 
@@ -54,9 +53,12 @@ dist: $(VENV)/installed
 matrix:
 	$(PYTHON) tests/matrix.py
 
-demo: $(VENV)/installed
-	rm -rf "runs/demo-seed$(SEED)"
-	$(EXAMPLE) --output "runs/demo-seed$(SEED)" --seed "$(SEED)" --baseline
+own: OWN := runs/own-seed$(SEED)
+own: $(VENV)/installed
+	rm -rf "$(OWN)"
+	$(BIN)/python examples/synthetic/folders.py "$(OWN)/data" --seed "$(SEED)"
+	$(BIN)/python examples/segmentation.py --source "$(OWN)/data/source" --target "$(OWN)/data/target" \
+		--classes "$(OWN)/data/classes.txt" --output "$(OWN)" --seed "$(SEED)"
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/operators.py --output runs/bench
