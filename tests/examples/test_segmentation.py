@@ -1,4 +1,4 @@
-"""Own images, one file: runs whole, resumes, predicts; refuses files and classes that do not fit."""
+"""Own images: from folders to masks, resumed runs, and files and classes that do not fit."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 pytest.importorskip("kornia", reason="the examples extra is not installed")
 
@@ -62,7 +63,6 @@ def options(tmp_path: Path) -> Options:
         stage_iterations=2,
         batch=2,
         threads=1,
-        control=True,
         device="cpu",
     )
 
@@ -72,30 +72,171 @@ def arguments(options: Options) -> list[str]:
         *("--output", str(options.output), "--source", str(options.source)),
         *("--target", str(options.target), "--classes", str(options.classes)),
         *("--size", "32", "48", "--warmup-iterations", "4", "--stages", "2"),
-        *("--stage-iterations", "2", "--batch", "2", "--threads", "1", "--control"),
-        *("--device", "cpu"),
+        *("--stage-iterations", "2", "--batch", "2", "--threads", "1", "--device", "cpu"),
     ]
 
 
-def test_runs_from_folders_to_masks(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    segmentation.main(arguments(options))
+def weights(path: Path) -> dict[str, Tensor]:
+    saved: dict[str, dict[str, Tensor]] = torch.load(path, weights_only=True)
+    return saved["weights"]
+
+
+def test_runs_from_folders_to_masks_and_resumes(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    segmentation.main([*arguments(options), "--control"])
     said = capsys.readouterr().out
+    assert "source: 10 images" in said
+    assert "target: 26 images" in said
+    assert "evaluation: 4 images" in said
     assert "% ignored, ids [0]" in said
     table = [line for line in said.splitlines() if line.startswith("|")]
     assert table[0] == "| IoU (%) | source only | control | adapted | change |"
-    assert [row.split(" | ")[0] for row in table[2:]] == [
-        *("| road", "| sidewalk", "| building", "| sky", "| car", "| mean")
-    ]
+    names = [row.split(" | ")[0] for row in table[2:]]
+    assert names == ["| road", "| sidewalk", "| building", "| sky", "| car", "| mean"]
     scores = json.loads((options.output / "scores.json").read_text())
-    adapted = [v for name, v in scores["adapted"].items() if name != "mean" and v == v]
-    assert scores["adapted"]["mean"] == pytest.approx(sum(adapted) / len(adapted))
     with Image.open(options.output / "pictures.png") as picture:
         assert picture.size[0] > 1000
 
+    # An interrupted run goes on after its last phase, and ends where the whole one did.
+    whole = weights(options.output / "network.pt")
+    for name in ("phases/adapted-2.pt", "network.pt", "scores.json"):
+        (options.output / name).unlink()
+    stamp = (options.output / "phases" / "warm-up.pt").stat().st_mtime_ns
+    segmentation.main([*arguments(options), "--control", "--resume"])
+    resumed = weights(options.output / "network.pt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert json.loads((options.output / "scores.json").read_text()) == scores
+    assert (options.output / "phases" / "warm-up.pt").stat().st_mtime_ns == stamp
+
     write(options.output / "new", "a", size=(60, 80), image="bmp")
-    segmentation.main(
-        ["--output", str(options.output), "--predict", str(options.output / "new" / "images")]
-    )
+    folder = str(options.output / "new" / "images")
+    segmentation.main(["--output", str(options.output), "--predict", folder, "--device", "cpu"])
     with Image.open(options.output / "masks" / "a.png") as mask:
         assert mask.size == (80, 60)
         assert set(np.unique(np.asarray(mask))) <= {7, 8, 11, 23, 26}  # the first id of each class
+
+
+def test_all_that_cannot_be_used_is_named_before_training(options: Options, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write(source, "color")
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(source / "labels" / "color.png")
+    write(source, "small")
+    Image.new("L", (20, 30)).save(source / "labels" / "small.png")
+    (source / "images" / "torn.png").write_bytes(b"no image")
+    (source / "labels" / "torn.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        open_data(options)
+    message = str(caught.value)
+    assert "color.png: the label is a color image" in message or "color.jpg" in message
+    assert all(stem in message for stem in ("color", "small", "torn"))
+    with pytest.raises(SystemExit, match="torn"):
+        segmentation.main(arguments(options))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("road\n", "two classes or more"),
+        ("road: 1\ncar: 1\n", "each id once"),
+        ("road: one\ncar: 2\n", "but got 'road: one'"),
+        ("a: 70000\nb: 2\n", "each id once"),
+        ("sand: 90\nsnow: 91\n", "fewer than two classes"),  # ids of another convention
+        ("sand: 90\nroad: 7\n", "fewer than two classes"),
+    ],
+)
+def test_classes_that_teach_nothing_are_refused(options: Options, text: str, match: str) -> None:
+    assert options.classes is not None
+    options.classes.write_text(text)
+    with pytest.raises(DataError, match=match):
+        open_data(options)
+
+
+def test_classes_by_line_number_or_ids(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("\ufeffroad\n\nfar: away: 7, 8\nsky\n", "utf-8")
+    assert read_classes(path) == {"road": [0], "far: away": [7, 8], "sky": [3]}
+
+
+def test_label_files_of_every_kind_give_the_same_labels(options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "kinds"
+    ids = write(folder, "gray", image="png")
+    for kind in ("palette", "wide", "three"):
+        write(folder, kind, image="png")
+        gray = Image.fromarray(ids)
+        if kind == "palette":
+            gray.putpalette(list(range(256)) * 3)
+        label = {"wide": Image.fromarray(ids.astype(np.uint16)), "three": gray.convert("RGB")}
+        label.get(kind, gray).save(folder / "labels" / f"{kind}.png")
+    pairs = [(path, folder / "labels" / path.name) for path in (folder / "images").iterdir()]
+    classes = {"low": [7, 8], "high": [11, 12, 23, 26]}
+    options = dataclasses.replace(options, size=(30, 40))
+    labels = segmentation.read_domain("kinds", pairs, classes, options).labels
+    expected = np.select([np.isin(ids, [7, 8]), ids > 8], [0, 1], 255)
+    assert all(np.array_equal(map_, expected) for map_ in labels)
+
+
+def test_classes_on_one_side_and_labels_of_a_whole_target(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class that the source lacks is said and not scored; one that the target lacks has none."""
+    for index in range(6):
+        write(tmp_path / "whole", f"w{index}", ids=(7, 8, 26, 40))
+    assert options.classes is not None
+    options.classes.write_text(CLASSES + "moon: 40\n")
+    data = open_data(dataclasses.replace(options, target=tmp_path / "whole"))
+    said = capsys.readouterr().out
+    assert "no pixel of ['moon']" in said
+    assert "evaluation: 2 images" in said
+    assert (data.target.labels == 255).all()
+    assert len(data.target.images) == 4
+    assert 5 not in data.evaluation.labels
+
+
+def test_one_image_each_and_no_labels_in_the_target(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", "one")
+    write(tmp_path / "b", "one", labeled=False)
+    few = dataclasses.replace(options, source=tmp_path / "a", target=tmp_path / "b", stages=1)
+    segmentation.run(dataclasses.replace(few, warmup_iterations=1, stage_iterations=1))
+    assert "|" not in capsys.readouterr().out
+    assert (options.output / "pictures.png").exists()
+
+
+def test_unlabeled_source_and_empty_folders(options: Options, tmp_path: Path) -> None:
+    write(tmp_path / "bare", "a", labeled=False)
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    for folder, match in (("bare", "no label"), ("empty", "Expected images in")):
+        with pytest.raises(DataError, match=match):
+            open_data(dataclasses.replace(options, source=tmp_path / folder))
+
+
+def test_agreement_labels_fewer_pixels_and_no_other(options: Options) -> None:
+    torch.manual_seed(0)
+    data = open_data(options)
+    network = segmentation.build_network("", 5, "cpu").eval()
+    images, _ = data.target.batch(torch.arange(4), options)
+    with torch.no_grad():
+        teacher = network(images)[1]
+    assert teacher.shape == (4, 5, 8, 12)
+    assert (segmentation.predict(network, images, (32, 48)) < 5).all()
+
+
+def test_mixing_pastes_source_pixels_with_their_labels() -> None:
+    source = torch.full((3, 3, 8, 8), 0.25), torch.arange(8).expand(3, 8, 8) % 4
+    target = torch.full((3, 3, 8, 8), 0.75), torch.full((3, 8, 8), 9)
+    images, labels = segmentation.mix(source, target, classes=2)
+    pasted = images[:, 0] == 0.25
+    assert torch.equal(labels, torch.where(pasted, source[1], target[1]))
+    for image, label in zip(pasted, source[1], strict=True):
+        assert 1 <= len(label[image].unique()) <= 2
+
+
+def test_crops_hold_no_label_that_was_not_there() -> None:
+    labels = torch.tensor([0, 3, 255]).repeat_interleave(16).expand(2, 36, 48)
+    images = labels[:, None].expand(2, 3, 36, 48) / 255
+    crops, cropped = segmentation.crop(images, labels)
+    assert crops.shape == (2, 3, 27, 36)
+    assert set(cropped.unique().tolist()) <= {0, 3, 255}
+    assert ((crops[:, 0] * 255 - cropped).abs() < 1).double().mean() > 0.8  # moved alike
