@@ -316,6 +316,61 @@ def contrastive_loss(
     return sum(losses) / max(1, len(losses))
 
 
+def consistency_loss(x: Array, t: Array, a: Array, kind: str, temperature: float) -> float:
+    """Of teacher probabilities t (P, C); a pixel without any of a seen class is inactive."""
+    losses = []
+    seen = [k for k in range(len(a)) if np.isfinite(a[k]).all()]
+    for feature, teacher in zip(x, t, strict=True):
+        if np.isfinite(teacher).all() and any(teacher[seen] > 0):
+            p = anchor_probabilities(feature[None], a, kind, temperature)[0]
+            terms = [teacher[k] * math.log(teacher[k] / p[k]) for k in seen if teacher[k] > 0]
+            losses.append(sum(terms))
+    return float(sum(losses) / max(1, len(losses)))
+
+
+def distribution_loss(x: Array, y: Labels, m: Array, v: Array, temperature: float) -> float:
+    """As SePiCo writes it: cross-entropy of the biased scores, plus the bias of the own class."""
+    losses = []
+    seen = [k for k in range(len(m)) if np.isfinite(m[k]).all() and np.isfinite(v[k]).all()]
+    for feature, label in zip(x, y, strict=True):
+        if label in seen:
+            biases = [sum(feature**2 * v[k]) / (2 * temperature**2) for k in seen]
+            scores = [sum(feature * m[k]) / temperature for k in seen]
+            own = seen.index(int(label))
+            p = softmax(np.array(scores) + np.array(biases))
+            losses.append(-math.log(p[own]) + biases[own])
+    return float(sum(losses) / max(1, len(losses)))
+
+
+def symmetric_cross_entropy(z: Array, y: Labels, alpha: float, beta: float) -> float:
+    losses = []
+    for logits, label in zip(z, y, strict=True):
+        if 0 <= label < len(logits):
+            p = softmax(logits)
+            reverse = 0.0
+            for k, probability in enumerate(p):
+                target = 1.0 if k == label else 1e-4
+                reverse -= min(max(probability, 1e-7), 1.0) * math.log(target)
+            losses.append(-alpha * math.log(p[label]) + beta * reverse)
+    return float(sum(losses) / max(1, len(losses)))
+
+
+def information_maximization(z: Array) -> float:
+    def entropy(p: Array) -> float:
+        return -float(sum(value * math.log(value + 1e-5) for value in p))
+
+    if len(z) == 0:
+        return 0.0
+    probabilities = np.array([softmax(logits) for logits in z])
+    mean = probabilities.sum(axis=0) / len(z)
+    return sum(entropy(p) for p in probabilities) / len(z) - entropy(mean)
+
+
+def feature_distance(x: Array, r: Array, y: Labels, classes: Sequence[int]) -> float:
+    losses = [distance(a, b) for a, b, label in zip(x, r, y, strict=True) if label in classes]
+    return float(sum(losses) / max(1, len(losses)))
+
+
 def cross_entropy(
     z: Array, y: Labels, weight: Sequence[float], smoothing: float, weights: Array | None = None
 ) -> float:

@@ -107,6 +107,13 @@ CASES: dict[str, Case] = {
         x, y, a, similarity="cosine", pixel_weights=z[:, 0].sigmoid()
     ),
     "probabilities_of_anchors": lambda x, y, z, a: anchorda.anchor_probabilities(x, a),
+    "consistency": lambda x, y, z, a: anchorda.anchor_consistency_loss(x, z.softmax(1), a),
+    "distribution": lambda x, y, z, a: anchorda.anchor_distribution_loss(x, y, a, a.abs()),
+    "symmetric": lambda x, y, z, a: anchorda.symmetric_cross_entropy(z, y),
+    "information": lambda x, y, z, a: anchorda.information_maximization_loss(z),
+    "feature_distance": lambda x, y, z, a: anchorda.feature_distance_loss(
+        x, x.detach() + 1, y, classes=[0, 3]
+    ),
     "moments": _moments,
     "soft_class_sums": lambda x, y, z, a: anchorda.soft_class_sums(x, z.softmax(1)),
     "discriminant": lambda x, y, z, a: anchorda.linear_discriminant(

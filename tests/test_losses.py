@@ -25,10 +25,45 @@ DISTANCE_OPTIONS = [
     for average in get_args(Average)
 ]
 SIMILARITIES: list[Similarity] = ["squared", "cosine", "dot"]  # besides the fused "euclidean"
+
+
+def consistency_loss(
+    x: Tensor, y: Tensor, a: Tensor, pixel_weights: Tensor | None = None
+) -> Tensor:
+    """The consistency with a teacher that is as sure as labels are."""
+    classes = torch.arange(len(a)).view(-1, *[1] * (y.ndim - 1))
+    seen = a.detach().isfinite().all(dim=1).view(classes.shape)
+    teacher = ((y.long().unsqueeze(1) == classes) & seen).to(x.dtype)
+    loss: Loss = anchorda.AnchorConsistencyLoss(0.7)
+    return loss(x, teacher, a, pixel_weights=pixel_weights)
+
+
+def distribution_loss(
+    x: Tensor, y: Tensor, a: Tensor, pixel_weights: Tensor | None = None
+) -> Tensor:
+    loss: Loss = anchorda.AnchorDistributionLoss(1.3)
+    return loss(x, y, a, a.abs(), pixel_weights=pixel_weights)
+
+
+def reference_loss(x: Tensor, y: Tensor, a: Tensor, pixel_weights: Tensor | None = None) -> Tensor:
+    """The distance to a constant map, for the classes that have an anchor."""
+    classes = [c for c in range(len(a)) if a[c].isfinite().all()]
+    loss: Loss = anchorda.FeatureDistanceLoss(classes=classes)
+    return loss(x, torch.ones_like(x).requires_grad_(), y, pixel_weights=pixel_weights)
+
+
+def symmetric_loss(
+    logits: Tensor, labels: Tensor, anchors: Tensor, pixel_weights: Tensor | None = None
+) -> Tensor:
+    loss: Loss = anchorda.SymmetricCrossEntropyLoss(alpha=0.3)
+    return loss(logits, labels, pixel_weights=pixel_weights)
+
+
 FEATURE_LOSSES: list[Loss] = [
     *(anchorda.AnchorDistanceLoss(**options) for options in DISTANCE_OPTIONS),
     anchorda.AnchorContrastiveLoss(temperature=0.7),
     *(anchorda.AnchorContrastiveLoss(0.7, similarity=kind) for kind in SIMILARITIES),
+    *(consistency_loss, distribution_loss, reference_loss),
 ]
 
 
@@ -42,7 +77,8 @@ def logit_loss(
     )
 
 
-LOSSES: list[Loss] = [*FEATURE_LOSSES, logit_loss]
+LOGIT_LOSSES: list[Loss] = [logit_loss, symmetric_loss]
+LOSSES: list[Loss] = [*FEATURE_LOSSES, *LOGIT_LOSSES]
 
 
 def gradient(loss: Tensor, of: Tensor) -> Tensor:
@@ -187,7 +223,7 @@ def test_nothing_active_is_a_zero_that_is_connected(
     features = problem.features.requires_grad_()
     anchors = problem.anchors[:, :3].clone()
     anchors[2] = NAN
-    if loss is logit_loss and label == 2:
+    if loss in LOGIT_LOSSES and label == 2:
         label = 3
     value = loss(features, torch.full(tuple(shape), label), anchors)
     assert value.item() == 0
@@ -231,7 +267,7 @@ def test_not_finite_propagates_where_active_and_never_where_ignored(
     grad = gradient(seen, diverged)
     # The slope of the Huber function at infinity is 1, and that of a softmax at −∞ is 0.
     saturated = (getattr(loss, "distance", None) == "smooth_l1" and math.isinf(value)) or (
-        loss is logit_loss and value == -INF
+        loss in LOGIT_LOSSES and value == -INF
     )
     assert bool(grad[1, :, 2, 1].isfinite().all()) == saturated
     grad[1, :, 2, 1] = clean_grad[1, :, 2, 1]
@@ -323,6 +359,97 @@ def test_other_modules_are_their_functions() -> None:
     assert torch.equal(discriminative.state_dict()["weight"], weight)
     assert not anchorda.DiscriminativeLoss().state_dict()
     assert repr(discriminative) == "DiscriminativeLoss(label_smoothing=0.1)"
+    shown = "AnchorConsistencyLoss(temperature=2.0, similarity='dot')"
+    assert repr(anchorda.AnchorConsistencyLoss(2, similarity="dot")) == shown
+    assert repr(anchorda.AnchorDistributionLoss(2)) == "AnchorDistributionLoss(temperature=2.0)"
+    symmetric = anchorda.SymmetricCrossEntropyLoss(alpha=1)
+    assert repr(symmetric) == "SymmetricCrossEntropyLoss(alpha=1.0, beta=1.0)"
+    assert repr(anchorda.FeatureDistanceLoss(classes=[3])) == "FeatureDistanceLoss(classes=[3])"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_elements", [7], indirect=True)
+def test_losses_of_other_papers(shape: Sequence[int], block_elements: int) -> None:
+    features, labels, logits, anchors = draw(shape)
+    anchors[1] = NAN
+    variances = torch.rand(4, 3)
+    variances[3, 0] = NAN
+    teacher = logits.softmax(dim=1)
+    if features.numel() > 9:
+        teacher[0], teacher[-1, 0] = NAN, 0.0
+    reference = features.flip(0)
+    x, y, a, z = rows(features), flat(labels), anchors.double().numpy(), rows(logits)
+    pairs = [
+        (
+            anchorda.anchor_consistency_loss(
+                features, teacher, anchors, similarity=kind, temperature=1.5
+            ),
+            oracles.consistency_loss(x, rows(teacher), a, kind, 1.5),
+        )
+        for kind in get_args(Similarity)
+    ]
+    pairs += [
+        (
+            anchorda.anchor_distribution_loss(features, labels, anchors, variances, temperature=t),
+            oracles.distribution_loss(x, y, a, variances.double().numpy(), t),
+        )
+        for t in (0.7, 100.0)
+    ]
+    pairs += [
+        (
+            anchorda.symmetric_cross_entropy(5 * logits, labels, alpha=0.2, beta=0.7),
+            oracles.symmetric_cross_entropy(5 * z, y, 0.2, 0.7),
+        ),
+        (anchorda.information_maximization_loss(logits), oracles.information_maximization(z)),
+        (
+            anchorda.feature_distance_loss(features, reference, labels, classes=[0, 3]),
+            oracles.feature_distance(x, rows(reference), y, [0, 3]),
+        ),
+        (
+            anchorda.feature_distance_loss(features, reference),
+            oracles.feature_distance(x, rows(reference), 0 * y, [0]),
+        ),
+    ]
+    for loss, expected in pairs:
+        assert loss.dtype == torch.float32
+        assert loss.shape == ()
+        # Measured: 1e-6 relative of the squared similarities.
+        np.testing.assert_allclose(loss.item(), expected, rtol=5e-6, atol=5e-7)
+
+
+def test_consistency_with_sure_teachers_is_the_contrastive_loss() -> None:
+    features, labels, _, anchors = draw((2, 4, 3))
+    anchors[2] = NAN
+    contrastive = anchorda.AnchorContrastiveLoss(0.7)(features, labels, anchors)
+    torch.testing.assert_close(consistency_loss(features, labels, anchors), contrastive)
+
+
+@pytest.mark.parametrize("shape", [(4,), (0,), (2, 0, 3)])
+def test_information_maximization_has_a_gradient_and_is_connected(shape: Sequence[int]) -> None:
+    logits = draw(shape, dtype=torch.float64).logits.requires_grad_()
+    loss: Loss = anchorda.InformationMaximizationLoss()
+    assert torch.autograd.gradcheck(loss, logits) or logits.numel() == 0
+    value = loss(logits)
+    value.backward()
+    assert logits.grad is not None
+    assert logits.numel() > 0 or value.item() == 0
+    half = logits.detach().half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(half), loss(half.float()))
+
+
+def test_distance_to_another_map_at_zero_has_no_gradient() -> None:
+    features = torch.randn(2, 3, 4, requires_grad=True)
+    reference = features.detach().clone()
+    reference[0, :, 0] += 1
+    loss = anchorda.feature_distance_loss(features, reference)
+    grad = gradient(loss, features)
+    assert grad[0, :, 0].all()
+    assert not grad[1].any()
+    with pytest.raises(ValueError, match="Expected `labels` with `classes`, but got None"):
+        anchorda.feature_distance_loss(features, reference, classes=[0])
+    with pytest.raises(ValueError, match="Expected `reference` of shape"):
+        anchorda.feature_distance_loss(features, reference[:1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -67,11 +67,15 @@ def check_feature_dim(features: Tensor, dim: int, fix: str = "") -> None:
         )
 
 
-def check_same_pixels(value: Tensor, name: str, features: Tensor) -> None:
+def check_same_pixels(
+    value: Tensor, name: str, features: Tensor, channels: int | None = None
+) -> None:
     """Reject what is not a floating-point tensor (N, C, *) over the pixels of the features."""
     check_features(value, name)
-    if value.shape[0] != features.shape[0] or value.shape[2:] != features.shape[2:]:
-        expected = ", ".join(map(str, (features.shape[0], "C", *features.shape[2:])))
+    expected_channels = value.shape[1] if channels is None else channels
+    if value.shape != (features.shape[0], expected_channels, *features.shape[2:]):
+        of_channels = "C" if channels is None else channels
+        expected = ", ".join(map(str, (features.shape[0], of_channels, *features.shape[2:])))
         raise ValueError(
             f"Expected `{name}` of shape ({expected}) to match `features`, "
             f"but got {tuple(value.shape)}."

@@ -8,7 +8,8 @@ loss is the mean over the active pixels of weight × loss. Weights do not renorm
 change nothing. The weight of an ignored pixel has no influence.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, final
 
 import torch
@@ -20,15 +21,22 @@ from . import _ops
 from ._checks import (
     PerClass,
     as_per_class,
+    check_alike,
+    check_anchor_rows,
     check_anchors,
     check_choice,
     check_device,
+    check_feature_dim,
     check_features,
+    check_floating,
+    check_int,
     check_labels,
     check_logits,
     check_pixel_weights,
     check_positive,
     check_range,
+    check_same_pixels,
+    check_tensor,
 )
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import move_buffers
@@ -198,6 +206,278 @@ def anchor_contrastive_loss(
     return _mean(losses, targets >= 0, pixel_weights)
 
 
+def anchor_consistency_loss(
+    features: Tensor,
+    teacher_probabilities: Tensor,
+    anchors: Tensor,
+    *,
+    similarity: Similarity = "euclidean",
+    temperature: float = 1.0,
+    pixel_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Mean divergence of the soft assignment of features from that of a teacher.
+
+    .. math:: \ell_i = \sum_{k\ \text{seen}} t_{i,k} \log \frac{t_{i,k}}{p_{i,k}}
+
+    averaged over the active pixels, with p the `anchor_probabilities` of the features.
+    Differentiable once, in the features.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        teacher_probabilities: t, ``(N, C, *)``, floating point, such as `anchor_probabilities` of
+            the teacher's features; a constant to the gradient. A pixel is active where these are
+            finite and a seen class has any.
+        anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class, floating point. A row that
+            is not finite is absent; a class without any other row is unseen.
+        similarity: s: ``"euclidean"``, ``"squared"``, ``"cosine"`` or ``"dot"``, as in
+            `anchor_probabilities`.
+        temperature: τ > 0, in the units of the similarity.
+        pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features). A non-finite feature propagates where its
+        pixel is active and nowhere else.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device, ``similarity`` or ``temperature`` is wrong.
+
+    Source: ProDA (arXiv 2101.10979), equation 9, whose code averages over pixels and classes, which
+    is 1/C of this; with ``"dot"`` the swapped prediction of CPSL (arXiv 2203.02983), but for the
+    entropy of its targets.
+
+    >>> anchors = torch.tensor([[0.0], [2.0]])
+    >>> anchor_consistency_loss(torch.tensor([[1.0]]), torch.tensor([[1.0, 0.0]]), anchors)
+    tensor(0.6931)
+    """
+    check_features(features)
+    check_anchors(anchors, features)
+    check_same_pixels(
+        teacher_probabilities, "teacher_probabilities", features, channels=anchors.shape[0]
+    )
+    check_similarity(similarity)
+    temperature = check_positive(temperature, "temperature")
+    check_pixel_weights(pixel_weights, features[:, 0], "features")
+    seen = seen_classes(anchors, features.ndim - 1)
+    teacher = teacher_probabilities.detach().to(_loss_dtype(features))
+    active = teacher.isfinite().all(dim=1) & torch.where(seen, teacher > 0, False).any(dim=1)
+    teacher = torch.where(seen & active.unsqueeze(1), teacher, 0.0)
+    logits = similarities(features, anchors, similarity, active) / temperature
+    logarithms = torch.where(seen, logits.log_softmax(dim=1), 0.0)
+    losses = (torch.xlogy(teacher, teacher) - teacher * logarithms).sum(dim=1)
+    return _mean(losses, active, pixel_weights)
+
+
+def anchor_distribution_loss(
+    features: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    *,
+    temperature: float = 1.0,
+    pixel_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Contrast of features to classes that are Gaussian, in expectation over all their members.
+
+    .. math:: \ell_i = -\frac{x_i \cdot \mu_{y_i}}{\tau} + \log \sum_{k\ \text{seen}}
+              \exp\Bigl(\frac{x_i \cdot \mu_k}{\tau}
+                        + \frac{1}{2 \tau^2} \sum_d \sigma_{k,d}^2\, x_{i,d}^2\Bigr)
+
+    averaged over the active pixels: an upper bound of the contrast to infinitely many samples of
+    each class. Differentiable once, in the features.
+
+    Args:
+        features: ``(N, D, *)``, floating point; SePiCo's have unit length.
+        labels: ``(N, *)``, any integer dtype. Active is a label in [0, C) of a seen class.
+        means: μ, ``(C, D)``, floating point. A class is unseen where its mean or variance is not
+            finite.
+        variances: σ², ``(C, D)``, floating point, such as those of `ClassVariances`.
+        temperature: τ > 0.
+        pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features). A non-finite feature propagates where its
+        label is active and nowhere else.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``temperature`` is wrong.
+
+    Source: SePiCo (arXiv 2204.08808), equation 11, whose code lets a class that was never seen
+    compete with a mean and variance of 0, and returns a zero without a graph where nothing is
+    labeled.
+
+    >>> means, variances = torch.tensor([[1.0], [-1.0]]), torch.tensor([[0.0], [0.0]])
+    >>> anchor_distribution_loss(torch.tensor([[1.0]]), torch.tensor([0]), means, variances)
+    tensor(0.1269)
+    """
+    check_features(features)
+    check_anchor_rows(means, "means")
+    check_feature_dim(features, means.shape[1])
+    check_device(means, "means", features, "features")
+    check_tensor(variances, "variances")
+    check_floating(variances, "variances")
+    check_alike(variances, "variances", means, "means")
+    check_labels(labels, features)
+    check_pixel_weights(pixel_weights, labels)
+    temperature = check_positive(temperature, "temperature")
+    means, variances = means.detach().to(_loss_dtype(means)), variances.detach()
+    seen = means.isfinite().all(dim=1) & variances.isfinite().all(dim=1)
+    targets = _labels_in_range(labels, len(means))
+    targets = torch.where(seen[targets], targets, -1)
+    active = targets >= 0
+    linear = torch.where(seen[:, None], means, 0.0) / temperature
+    squared = torch.where(seen[:, None], variances, 0.0) / (2 * temperature**2)
+    forms = _ops.quadratic_forms(features, torch.cat([linear, linear]), squared)
+    forms = torch.where(active.unsqueeze(1), forms, 0.0)
+    own, expected = forms.split(len(means), dim=1)
+    own = own.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    unseen = ~seen.view(-1, *[1] * (features.ndim - 2))
+    # Without any class the logarithm of an empty sum is −∞, with a gradient that is NaN.
+    total = expected.masked_fill(unseen & active.unsqueeze(1), -math.inf).logsumexp(dim=1)
+    return _mean(torch.where(active, total - own, 0.0), active, pixel_weights)
+
+
+def symmetric_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    pixel_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Cross-entropy plus the reverse cross-entropy, which bounds what a wrong label can cost.
+
+    .. math:: \ell_i = -\alpha \log p_{i,y_i} - \beta \log(10^{-4})
+              \sum_{k \ne y_i} \operatorname{clamp}(p_{i,k}, 10^{-7}, 1), \qquad
+              p_i = \mathrm{softmax}(z_i)
+
+    averaged over the active pixels. The logarithm of a label's zeros is that of 1e-4.
+
+    Args:
+        logits: ``(N, C, *)``, floating point; half precision is computed in float32.
+        labels: ``(N, *)``, any integer dtype; ignored outside [0, C).
+        alpha: α ≥ 0.
+        beta: β ≥ 0.
+        pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device, ``alpha`` or ``beta`` is wrong.
+
+    Source: Wang et al. (arXiv 1908.06112) in the form of ProDA's code (arXiv 2101.10979), whose
+    defaults these are; it divides by the number of labeled pixels + 1e-6.
+
+    >>> symmetric_cross_entropy(torch.zeros(1, 2), torch.tensor([1]))  # 0.1 ln 2 + 4.6052
+    tensor(4.6745)
+    """
+    check_logits(logits)
+    check_labels(labels, logits, "logits")
+    check_pixel_weights(pixel_weights, labels)
+    alpha = check_range(alpha, "alpha", 0.0, math.inf)
+    beta = check_range(beta, "beta", 0.0, math.inf)
+    targets = _labels_in_range(labels, logits.shape[1])
+    active = targets >= 0
+    # At once, so that the gradients of the two parts are not added up in half precision.
+    logits = torch.where(active.unsqueeze(1), logits.to(_loss_dtype(logits)), 0.0)
+    probabilities = logits.softmax(dim=1).clamp(1e-7, 1.0)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    others = targets.unsqueeze(1) != classes.view(-1, *[1] * (logits.ndim - 2))
+    reverse = -math.log(1e-4) * torch.where(others, probabilities, 0.0).sum(dim=1)
+    losses = alpha * _cross_entropies(logits, targets) + beta * reverse
+    return _mean(torch.where(active, losses, 0.0), active, pixel_weights)
+
+
+def information_maximization_loss(logits: Tensor) -> Tensor:
+    r"""Mean entropy of the predictions minus the entropy of their mean.
+
+    .. math:: \ell = \frac{1}{n} \sum_i H(p_i) - H\Bigl(\frac{1}{n} \sum_i p_i\Bigr), \qquad
+              H(p) = -\sum_k p_k \log(p_k + 10^{-5})
+
+    over all n pixels of the batch: each prediction is to be sure, and all together diverse. It
+    needs no labels. As the mean prediction belongs to all pixels, there are no pixel weights.
+
+    Args:
+        logits: ``(N, C, *)``, floating point; half precision is computed in float32.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits), in [−log C, 0] but for the 1e-5.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape is wrong.
+
+    Source: SHOT (arXiv 2002.08546), equation 3, and its code's 1e-5.
+
+    >>> information_maximization_loss(torch.tensor([[20.0, 0.0], [0.0, 20.0]]))
+    tensor(-0.6931)
+    """
+    check_logits(logits)
+    probabilities = logits.to(_loss_dtype(logits)).softmax(dim=1).movedim(1, -1).flatten(0, -2)
+    mean = probabilities.sum(dim=0) / max(1, len(probabilities))
+    entropies = -(probabilities * (probabilities + 1e-5).log()).sum()
+    return entropies / max(1, len(probabilities)) + (mean * (mean + 1e-5).log()).sum()
+
+
+def feature_distance_loss(
+    features: Tensor,
+    reference: Tensor,
+    labels: Tensor | None = None,
+    *,
+    classes: Sequence[int] | None = None,
+    pixel_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Mean Euclidean distance of features to those of another network.
+
+    .. math:: \ell_i = \lVert x_i - r_i \rVert_2
+
+    averaged over the pixels whose label is one of the classes. The gradient at x = r is 0.
+    Differentiable once, in the features.
+
+    Args:
+        features: ``(N, D, *)``, floating point.
+        reference: r, ``(N, D, *)``, floating point: a constant to the gradient, such as the
+            features of a frozen network for the same images.
+        labels: ``(N, *)``, any integer dtype; needed with ``classes``.
+        classes: the class ids whose pixels are active. ``None`` is every pixel, whatever its label.
+        pixel_weights: ``(N, *)``, floating point, multiplied with the losses before the average.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features). A non-finite feature propagates where its
+        pixel is active and nowhere else.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape or a device is wrong, or ``classes`` come without ``labels``.
+
+    Source: the ImageNet feature distance of DAFormer (arXiv 2111.14887), equation 6; without an
+    active pixel its code gives NaN, where this is a zero that is connected to the graph.
+
+    >>> features, labels = torch.tensor([[3.0, 4.0], [9.0, 9.0]]), torch.tensor([1, 0])
+    >>> feature_distance_loss(features, torch.zeros(2, 2), labels, classes=[1, 2])
+    tensor(5.)
+    """
+    check_features(features)
+    check_features(reference, "reference")
+    check_alike(reference, "reference", features, "features")
+    check_pixel_weights(pixel_weights, features[:, 0], "features")
+    if labels is not None:
+        check_labels(labels, features)
+    active = torch.ones_like(features[:, 0], dtype=torch.bool)
+    if classes is not None:
+        if labels is None:
+            raise ValueError("Expected `labels` with `classes`, but got None. Pass their labels.")
+        ids = labels.long()
+        active = torch.zeros_like(active)
+        for c in classes:
+            active = active | (ids == check_int(c, "classes"))
+    distances = _ops.map_distances(features, reference.detach())
+    return _mean(torch.where(active, distances, 0.0), active, pixel_weights)
+
+
 @final
 class AnchorDistanceLoss(nn.Module):
     r"""Mean distance of the features to the anchor of their label; see `anchor_distance_loss`.
@@ -356,6 +636,224 @@ class AnchorContrastiveLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
         return f"temperature={self.temperature}, similarity={self.similarity!r}"
+
+
+@final
+class AnchorConsistencyLoss(nn.Module):
+    r"""Divergence of soft assignments from those of a teacher; see `anchor_consistency_loss`.
+
+    Args:
+        temperature: τ > 0, in the units of the similarity.
+        similarity: ``"euclidean"``, ``"squared"``, ``"cosine"`` or ``"dot"``.
+
+    Shape:
+        - features: ``(N, D, *)``; teacher_probabilities: ``(N, C, *)``; anchors: ``(C, D)`` or
+          ``(C, M, D)``; all floating point.
+        - Output: scalar, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or an option is wrong.
+
+    Source: ProDA (arXiv 2101.10979), equation 9.
+
+    >>> anchors, teacher = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0, 0.0]])
+    >>> AnchorConsistencyLoss(temperature=2.0)(torch.tensor([[1.0]]), teacher, anchors)
+    tensor(0.6931)
+    """
+
+    def __init__(self, temperature: float = 1.0, *, similarity: Similarity = "euclidean") -> None:
+        super().__init__()
+        check_similarity(similarity)
+        self.temperature: float = check_positive(temperature, "temperature")
+        self.similarity: Similarity = similarity
+
+    def forward(
+        self,
+        features: Tensor,
+        teacher_probabilities: Tensor,
+        anchors: Tensor,
+        *,
+        pixel_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of features (N, D, *) with probabilities (N, C, *) against anchors."""
+        return anchor_consistency_loss(
+            features,
+            teacher_probabilities,
+            anchors,
+            similarity=self.similarity,
+            temperature=self.temperature,
+            pixel_weights=pixel_weights,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"temperature={self.temperature}, similarity={self.similarity!r}"
+
+
+@final
+class AnchorDistributionLoss(nn.Module):
+    r"""Contrast of features to Gaussian classes; see `anchor_distribution_loss`.
+
+    Args:
+        temperature: τ > 0.
+
+    Shape:
+        - features: ``(N, D, *)``, floating point; labels: ``(N, *)``, integer; means and
+          variances: ``(C, D)``, floating point.
+        - Output: scalar, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or ``temperature`` is wrong.
+
+    Source: SePiCo (arXiv 2204.08808), equation 11; its experiments have τ = 100.
+
+    >>> moments = torch.tensor([[1.0], [-1.0]]), torch.tensor([[0.0], [0.0]])
+    >>> AnchorDistributionLoss()(torch.tensor([[1.0]]), torch.tensor([0]), *moments)
+    tensor(0.1269)
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature: float = check_positive(temperature, "temperature")
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        *,
+        pixel_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of features (N, D, *) with labels (N, *) against moments (C, D)."""
+        return anchor_distribution_loss(
+            features,
+            labels,
+            means,
+            variances,
+            temperature=self.temperature,
+            pixel_weights=pixel_weights,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"temperature={self.temperature}"
+
+
+@final
+class SymmetricCrossEntropyLoss(nn.Module):
+    r"""Cross-entropy plus reverse cross-entropy; see `symmetric_cross_entropy`.
+
+    Args:
+        alpha: the weight of the cross-entropy.
+        beta: the weight of the reverse cross-entropy.
+
+    Shape:
+        - logits: ``(N, C, *)``, floating point; labels: ``(N, *)``, integer.
+        - Output: scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, a device or a weight is wrong.
+
+    Source: Wang et al. (arXiv 1908.06112), as in ProDA (arXiv 2101.10979).
+
+    >>> SymmetricCrossEntropyLoss(alpha=1.0, beta=0.0)(torch.zeros(1, 2), torch.tensor([1]))
+    tensor(0.6931)
+    """
+
+    def __init__(self, *, alpha: float = 0.1, beta: float = 1.0) -> None:
+        super().__init__()
+        self.alpha: float = check_range(alpha, "alpha", 0.0, math.inf)
+        self.beta: float = check_range(beta, "beta", 0.0, math.inf)
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, *, pixel_weights: Tensor | None = None
+    ) -> Tensor:
+        """The loss of logits (N, C, *) with labels (N, *)."""
+        return symmetric_cross_entropy(
+            logits, labels, alpha=self.alpha, beta=self.beta, pixel_weights=pixel_weights
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"alpha={self.alpha}, beta={self.beta}"
+
+
+@final
+class InformationMaximizationLoss(nn.Module):
+    r"""Entropy of the predictions minus that of their mean; see `information_maximization_loss`.
+
+    Shape:
+        - logits: ``(N, C, *)``, floating point.
+        - Output: scalar, float32 (float64 for float64 logits).
+
+    Args:
+        None.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape is wrong.
+
+    Source: SHOT (arXiv 2002.08546), equation 3.
+
+    >>> InformationMaximizationLoss()(torch.tensor([[20.0, 0.0], [0.0, 20.0]]))
+    tensor(-0.6931)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """The loss of logits (N, C, *)."""
+        return information_maximization_loss(logits)
+
+
+@final
+class FeatureDistanceLoss(nn.Module):
+    r"""Mean distance of features to those of another network; see `feature_distance_loss`.
+
+    Args:
+        classes: the class ids whose pixels are active; ``None`` is every pixel.
+
+    Shape:
+        - features and reference: ``(N, D, *)``, floating point; labels: ``(N, *)``, integer.
+        - Output: scalar, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape or a device is wrong, or ``classes`` come without labels.
+
+    Source: the ImageNet feature distance of DAFormer (arXiv 2111.14887).
+
+    >>> FeatureDistanceLoss()(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+    tensor(5.)
+    """
+
+    def __init__(self, *, classes: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.classes: list[int] | None = None
+        if classes is not None:
+            self.classes = [check_int(c, "classes") for c in classes]
+
+    def forward(
+        self,
+        features: Tensor,
+        reference: Tensor,
+        labels: Tensor | None = None,
+        *,
+        pixel_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of features (N, D, *) with a reference of their shape and labels (N, *)."""
+        return feature_distance_loss(
+            features, reference, labels, classes=self.classes, pixel_weights=pixel_weights
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        return f"classes={self.classes}"
 
 
 def _active_labels(

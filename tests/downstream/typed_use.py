@@ -136,6 +136,30 @@ def train(network: nn.Module, centroids: Tensor, target: Iterable[Tensor]) -> No
         loss.backward()
 
 
+def train_as_others(network: nn.Module, moments: anchorda.ClassMoments, target: Batches) -> None:
+    consistency = anchorda.AnchorConsistencyLoss(0.5, similarity="dot")
+    distribution = anchorda.AnchorDistributionLoss(temperature=100.0)
+    symmetric = anchorda.SymmetricCrossEntropyLoss(alpha=0.1, beta=1.0)
+    information = anchorda.InformationMaximizationLoss()
+    distance = anchorda.FeatureDistanceLoss(classes=[6, 7])
+    for images, labels in target:
+        features, logits = extract(network, images)
+        anchors, teacher = moments.means, logits.softmax(dim=1)
+        loss = (
+            consistency(features, teacher, anchors)
+            + distribution(features, labels, *moments)
+            + symmetric(logits, labels)
+            + information(logits)
+            + distance(features, features.detach(), labels)
+            + anchorda.anchor_consistency_loss(features, teacher, anchors, temperature=0.5)
+            + anchorda.anchor_distribution_loss(features, labels, *moments, temperature=100.0)
+            + anchorda.symmetric_cross_entropy(logits, labels, pixel_weights=teacher.amax(dim=1))
+            + anchorda.information_maximization_loss(logits)
+            + anchorda.feature_distance_loss(features, features.detach(), labels, classes=[1])
+        )
+        loss.backward()
+
+
 def released_step(step: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     loss = cag_uda_loss(*step, torch.zeros(19, 256), distance_weight=0.7)
     assert_type(loss, CagUdaLoss)
