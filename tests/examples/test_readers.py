@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -393,6 +394,46 @@ def _labels_or_error(root: Path) -> Tensor | str:
         return read_labels(pair.label, EIGHT)
     except DatasetError as error:
         return str(error)
+
+
+STEMS = st.text("ab1_-. é", min_size=1, max_size=4).filter(lambda stem: stem[0] != ".")
+PARTS = st.sampled_from(["both", "both", "image alone", "label alone", "derived label"])
+
+
+@given(files=st.dictionaries(STEMS, st.tuples(PARTS, st.sampled_from([".png", ".PNG", ".tiff"]))))
+def test_pairs_by_name(
+    files: dict[str, tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("names")
+    pixels, raw = (io.BytesIO() for _ in range(2))
+    Image.fromarray(_pixels(2, 3)).save(pixels, "png")
+    Image.fromarray(_raw(2, 3)).save(raw, "png")
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    written: dict[str, dict[str, Path]] = {"images": {}, "labels": {}}
+    for stem, (part, suffix) in {"always": ("both", ".png"), **files}.items():
+        if part != "label alone":
+            written["images"][stem] = root / "images" / (stem + suffix)
+        if part != "image alone":
+            written["labels"][stem] = root / "labels" / (stem + suffix)
+        if part == "derived label":
+            written["labels"][stem + "_ids"] = root / "labels" / (stem + "_ids" + suffix)
+    for folder, content in (("images", pixels), ("labels", raw)):
+        for path in written[folder].values():
+            path.write_bytes(content.getvalue())
+    images, labels = written["images"], written["labels"]
+    lonely = [images[stem] for stem in images.keys() - labels.keys()]
+    for stem in labels.keys() - images.keys():
+        if not any(stem.startswith(f"{other}{mark}") for other in labels for mark in "_-."):
+            lonely.append(labels[stem])
+    expected = [Pair(images[stem], labels[stem]) for stem in images if stem in labels]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DatasetWarning)
+        assert sorted(gta5_pairs(root, skip_bad=True)) == sorted(expected)
+    if lonely:
+        message = _message(lambda: gta5_pairs(root))
+        assert f"{len(lonely)} of {len(lonely) + len(expected)} pairs" in message
+        assert all(str(path) in message for path in lonely)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".JPG", ".jpeg", ".Bmp", ".TIF"])
