@@ -548,10 +548,10 @@ def _check_convention(
 ) -> None:
     shown = _some(sorted(total))
     where = f"The {len(pairs)} label files looked at, such as {pairs[0].label},"
-    if label_format is _RAW and (_may_be_train_ids(total) or not by_class.any()):
+    if label_format is _RAW and _may_be_train_ids(total):
         raise DatasetError(
-            f"{where} hold the ids {shown}. Expected raw ids, where 7 is road, 11 building, 23 sky "
-            "and 26 car; but these look like train ids, which count from 0, road, to 18, bicycle, "
+            f"{where} hold no ids but {shown}. Expected raw ids, where 0 is unlabeled, 7 road, 23 "
+            "sky and 26 car; these look like train ids, which count from 0, road, to 18, bicycle, "
             "or ids of your own. Use the label files with raw ids (Cityscapes: *_labelIds.png), or "
             "list the classes and their ids: --classes FILE."
         )

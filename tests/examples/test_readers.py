@@ -525,7 +525,7 @@ def test_ids_of_another_convention_are_named(gta5: Path, ids: Sequence[int]) -> 
         shape = _load(label).shape
         _save(label, np.resize(np.array(ids, np.uint8), shape))
     message = _message(lambda: count_labels(gta5_pairs(gta5)))
-    assert "Expected raw ids, where 7 is road" in message
+    assert "Expected raw ids, where 0 is unlabeled, 7 road" in message
     assert "train ids, which count from 0, road, to 18, bicycle" in message
     assert "--classes" in message
 
