@@ -1,9 +1,9 @@
 """Classes and the ids that label files have for them: Cityscapes' 19, SYNTHIA's, one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,20 @@ class Classes:
     def __len__(self) -> int:
         """Count the classes."""
         return len(self.names)
+
+    def plain(self) -> dict[str, list[object]]:
+        """Return lists, numbers and strings alone, as a checkpoint holds them."""
+        return {
+            "names": [*self.names],
+            "colors": [[*color] for color in self.colors],
+            "ids": [[*ids] for ids in self.ids],
+        }
+
+    @classmethod
+    def from_plain(cls, parts: Mapping[str, Sequence[Any]]) -> "Classes":
+        """Return the classes of a checkpoint."""
+        names, colors, ids = parts["names"], parts["colors"], parts["ids"]
+        return cls(tuple(names), tuple(map(tuple, colors)), tuple(map(tuple, ids)))
 
     def palette(self) -> NDArray[np.uint8]:
         """Return the color (256, 3) of each train id; ignored is black."""

@@ -3,27 +3,33 @@
 To train on a data set of your own, write its reader in `readers.py` and choose it in `open_data`.
 """
 
-import math
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from augment import photometric
-from classes import NUM_CLASSES, SYNTHIA_16
+from classes import STREET, SYNTHIA_16, Classes, read_classes
 from engine import parallel
+from engine.files import write_text
 from readers import (
+    DatasetError,
+    LabelCounts,
     LabeledImages,
+    Pair,
     ResizeAndCrop,
     UnlabeledImages,
     cityscapes_images,
     cityscapes_pairs,
+    content_difference,
+    content_of,
+    count_labels,
+    folder_target,
     gta5_pairs,
     synthia_pairs,
 )
-from streams import Loading, each_once
+from streams import Loading
 from torch import Tensor
-from torch.utils.data import Subset
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,21 @@ class DataSettings:
     """The two data sets, the size of images and crops, and what is done to them."""
 
     source: Path | None = None
-    """Folder of GTA5 or SYNTHIA. Without it and --target, a synthetic pair is drawn."""
+    """Folder of the source. Without it and --target, a synthetic pair is drawn."""
     target: Path | None = None
-    """Folder of Cityscapes, which holds leftImg8bit and gtFine."""
-    source_format: Literal["gta5", "synthia"] = "gta5"
-    """Format of the source: gta5, with the folders images and labels,
-    or synthia, with RGB and GT/LABELS, which is evaluated on its 16 classes."""
+    """Folder of the target."""
+    source_format: Literal["gta5", "synthia", "folder"] = "gta5"
+    """Format of the source: gta5, with the folders images and labels;
+    synthia, with RGB and GT/LABELS, which is evaluated on its 16 classes;
+    or folder, with images and labels of your own, whose classes --classes lists."""
+    target_format: Literal["cityscapes", "folder"] = "cityscapes"
+    """Format of the target: cityscapes, with leftImg8bit and gtFine;
+    or folder, with images and, for evaluation alone, labels of some of them."""
+    classes: Path | None = None
+    """Text file of your own classes, one a line: `name: id, id`, the ids in the label files.
+    Without it, the classes are the 19 of Cityscapes."""
+    skip_bad: bool = False
+    """Leave out images and labels that cannot be used. Otherwise an error lists them."""
     resize: str = "height:144"
     """Size that images are scaled to, height:PIXELS or width:PIXELS."""
     crop: tuple[int, int] = (128, 192)
@@ -59,6 +74,18 @@ class DataSettings:
             raise ValueError(f"--crop {self.crop} is larger than --resize {self.resize}")
         if (self.source is None) != (self.target is None):
             raise ValueError("--source and --target belong together: give both, or neither")
+        own = "folder" in (self.source_format, self.target_format) or self.classes is not None
+        if own and self.source is None:
+            raise ValueError("data of your own need --source and --target")
+        if self.source_format == "folder" and self.classes is None:
+            raise ValueError("--source-format folder needs --classes, a list of your classes")
+        if self.source_format == "synthia" and self.classes is not None:
+            raise ValueError("--classes is for other formats: SYNTHIA's ids are fixed")
+        self.class_list()
+
+    def class_list(self) -> Classes:
+        """The classes to tell apart."""
+        return STREET if self.classes is None else read_classes(self.classes)
 
 
 @dataclass(frozen=True)
@@ -75,15 +102,16 @@ class Data:
     target: UnlabeledImages
     target_whole: UnlabeledImages
     evaluation: LabeledImages
-    """The target's validation split."""
+    """The target's validation split, or its held-out images with a label; empty without labels."""
     analysis: LabeledImages | None
     """The target's training split with its labels, if there are any: never trained on."""
     evaluated: tuple[int, ...]
-    """The classes that the source knows: the truth of others is ignored in evaluation."""
+    """The classes that the source shows: the truth of others is ignored in evaluation."""
     class_weight: Tensor | None
     """(C,): weights of the classes in the cross-entropy of the source."""
     photometric: bool
     loading: Loading
+    classes: Classes = STREET
 
     def augment(self, images: Tensor) -> Tensor:
         """The images as the trained network sees them; the frozen one sees them unchanged."""
@@ -91,46 +119,120 @@ class Data:
 
 
 def open_data(settings: DataSettings, loading: Loading) -> Data:
-    """List and check both data sets."""
+    """List both data sets, and check them: files, ids, classes.
+
+    Raises:
+        DatasetError: If they cannot be trained on.
+    """
     assert settings.source is not None
     assert settings.target is not None
+    classes = settings.class_list()
     whole = ResizeAndCrop(settings.resize)
     crops = ResizeAndCrop(settings.resize, settings.crop, flip=True)
-    is_synthia = settings.source_format == "synthia"
-    pairs = synthia_pairs(settings.source) if is_synthia else gta5_pairs(settings.source)
-    target_images = cityscapes_images(settings.target, "train")
-    has_truth = (settings.target / "gtFine" / "train").is_dir()
+    pairs = _source_pairs(settings.source, settings, classes)
+    target_images, evaluation, analysis = _target_parts(settings.target, settings, classes)
     tenth = min(500, max(1, len(pairs) // 10))
     pairs, held_out = pairs[:-tenth] or pairs, pairs[-tenth:]
-    source_whole = LabeledImages(pairs, whole)
+    counts = count_labels(pairs, classes)
+    _say(f"source: {len(pairs)} images; {counts.describe(classes.names)}")
+    _say(f"target: {len(target_images)} images")
+    if evaluation:
+        known = count_labels(evaluation, classes).describe(classes.names)
+        _say(f"evaluation: {len(evaluation)} images; {known}")
+    if settings.source_format == "synthia":
+        evaluated = SYNTHIA_16
+    elif classes == STREET:
+        evaluated = tuple(range(len(classes)))
+    else:
+        evaluated = tuple(counts.classes.nonzero()[:, 0].tolist())
     return Data(
-        source=LabeledImages(pairs, crops),
-        source_whole=source_whole,
-        held_out=LabeledImages(held_out, whole),
+        source=LabeledImages(pairs, crops, classes),
+        source_whole=LabeledImages(pairs, whole, classes),
+        held_out=LabeledImages(held_out, whole, classes),
         target=UnlabeledImages(target_images, crops),
         target_whole=UnlabeledImages(target_images, whole),
-        evaluation=LabeledImages(cityscapes_pairs(settings.target, "val"), whole),
-        analysis=(
-            LabeledImages(cityscapes_pairs(settings.target, "train"), whole) if has_truth else None
-        ),
-        evaluated=SYNTHIA_16 if is_synthia else tuple(range(NUM_CLASSES)),
-        class_weight=weigh_classes(source_whole, loading) if settings.class_weights else None,
+        evaluation=LabeledImages(evaluation, whole, classes),
+        analysis=LabeledImages(analysis, whole, classes) if analysis else None,
+        evaluated=evaluated,
+        class_weight=class_weights(counts).to(loading.device) if settings.class_weights else None,
         photometric=settings.photometric,
         loading=loading,
+        classes=classes,
     )
 
 
-def weigh_classes(source: LabeledImages, loading: Loading) -> Tensor:
+def _source_pairs(folder: Path, settings: DataSettings, classes: Classes) -> list[Pair]:
+    if settings.source_format == "synthia":
+        return synthia_pairs(folder, skip_bad=settings.skip_bad)
+    return gta5_pairs(folder, classes, skip_bad=settings.skip_bad)  # as folders of one's own
+
+
+def _target_parts(
+    folder: Path, settings: DataSettings, classes: Classes
+) -> tuple[list[Path], list[Pair], list[Pair]]:
+    """The images to train on; those to evaluate on; and the first with their labels, if any."""
+    skip = settings.skip_bad
+    if settings.target_format == "folder":
+        return *folder_target(folder, classes, skip_bad=skip), []
+    images = cityscapes_images(folder, "train", skip_bad=skip)
+    evaluation = cityscapes_pairs(folder, "val", classes, skip_bad=skip)
+    if not (folder / "gtFine" / "train").is_dir():
+        return images, evaluation, []
+    return images, evaluation, cityscapes_pairs(folder, "train", classes, skip_bad=skip)
+
+
+def _say(text: str) -> None:
+    if parallel.is_main():
+        print(text, flush=True)
+
+
+def class_weights(counts: LabelCounts) -> Tensor:
     """One over the root of each class's frequency in the source, scaled to mean 1 over its pixels.
 
     Without these weights, small and rare classes are not learned in as few iterations as the
     defaults are.
     """
-    some = Subset(source, range(0, len(source), math.ceil(len(source) / 240)))
-    counts = torch.zeros(NUM_CLASSES, device=loading.device)
-    for _, labels in each_once(some, "class frequencies", loading):
-        counts += torch.bincount(labels[labels < NUM_CLASSES], minlength=NUM_CLASSES)
-    counts = parallel.total(counts.double())
-    frequency = counts / counts.sum()
+    frequency = counts.classes.double() / counts.classes.sum()
     weight = frequency.clamp(min=1e-4).rsqrt()
     return (weight / (weight @ frequency)).float()
+
+
+def check_content(data: Data, settings: DataSettings, saved: Path, resume: bool) -> None:
+    """Save the checksums of all files that a run reads; if it is resumed, compare them.
+
+    Raises:
+        DatasetError: If the files are others than those that the run began with. Their folders
+            may have moved.
+    """
+    if not parallel.is_main():
+        return
+    content = _content(data, settings)
+    if resume and saved.is_file():
+        difference = content_difference(json.loads(saved.read_text("utf-8")), content)
+        if difference:
+            raise DatasetError(
+                f"{saved.parent} holds a run on other data. Since it began, there are files "
+                f"{difference}. Restore them, or name another --output."
+            )
+    write_text(saved, json.dumps(content, indent=0, ensure_ascii=False) + "\n")
+
+
+def _content(data: Data, settings: DataSettings) -> dict[str, str]:
+    """A checksum of each file by its path in its data set, and the classes."""
+    assert settings.source is not None
+    assert settings.target is not None
+    source = [*data.source.pairs, *data.held_out.pairs]
+    target = [*data.evaluation.pairs, *(data.analysis.pairs if data.analysis else [])]
+    parts = {
+        "source": (settings.source, [file for pair in source for file in pair]),
+        "target": (
+            settings.target,
+            [*data.target.paths, *(file for pair in target for file in pair)],
+        ),
+    }
+    content = {
+        f"{domain}/{name}": checksum
+        for domain, (root, files) in parts.items()
+        for name, checksum in content_of(root, dict.fromkeys(files)).items()
+    }
+    return {"classes": str([*zip(data.classes.names, data.classes.ids, strict=True)]), **content}

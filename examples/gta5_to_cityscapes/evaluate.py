@@ -18,8 +18,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from classes import CLASS_NAMES, CLASSES, IGNORE, NUM_CLASSES, SYNTHIA_13, SYNTHIA_16
+from classes import IGNORE, NUM_CLASSES, STREET, SYNTHIA_13, SYNTHIA_16, Classes
+from engine import parallel
 from engine.files import load_finished, write_atomically, write_text
+from image_files import read_header
 from networks.build import build_network
 from networks.segmenter import Precision, Segmenter, enlarge, segment
 from PIL import Image
@@ -29,6 +31,9 @@ from readers import (
     UnlabeledImages,
     cityscapes_images,
     cityscapes_pairs,
+    count_labels,
+    folder_images,
+    folder_target,
     read_labels,
 )
 from report import iou_table, mean_iou, save_rows
@@ -43,16 +48,19 @@ import anchorda
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a checkpoint of train.py on Cityscapes."""
+    """Score a checkpoint of train.py on Cityscapes or images of your own."""
 
     checkpoint: Path
     """Checkpoint of a finished phase, such as runs/first/checkpoints/stage-3.pt."""
     target: Path
-    """Folder of Cityscapes, which holds leftImg8bit and gtFine."""
+    """Folder of Cityscapes, which holds leftImg8bit and gtFine, or of images and labels."""
     output: Path
     """Folder for scores, labels and pictures."""
+    target_format: Literal["cityscapes", "folder"] = "cityscapes"
+    """Format of the target, as for train.py."""
     split: Literal["val", "test"] = "val"
-    """Split to predict; test has no labels to score by."""
+    """Split to predict; test has no labels to score by.
+    Of a folder, val is the labeled images that train.py evaluates on, and test all images."""
     scales: tuple[float, ...] = (1.0,)
     """Scales of the images to average predictions over."""
     flip: bool = False
@@ -72,6 +80,7 @@ class Settings:
         """Raise a ValueError that names the flags which are wrong."""
         if not self.checkpoint.is_file():
             raise ValueError(f"there is no checkpoint {self.checkpoint}")
+        parallel.check_device(self.device)
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"--scales: expected numbers above 0, got {[*self.scales]}")
         if self.split == "test" and not (self.labels or self.pictures):
@@ -100,6 +109,7 @@ class Trained(NamedTuple):
     network: Segmenter
     resize: str
     """What its images are scaled to, "height:144" or "width:2200"."""
+    classes: Classes
     evaluated: tuple[int, ...]
     """The classes that its source knows: the truth of others is ignored."""
 
@@ -112,15 +122,18 @@ def load_trained(path: Path, device: str, precision: Precision = "float32") -> T
     """
     parts = load_finished(path)
     settings = parts["settings"]
-    network = build_network(settings["network"])
+    classes = Classes.from_plain(parts["classes"]) if "classes" in parts else STREET
+    network = build_network(settings["network"], len(classes))
     try:
         network.load_state_dict(parts["network"])
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its own settings: {error}") from error
     network.precision = precision
     network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    classes = SYNTHIA_16 if settings["source_format"] == "synthia" else tuple(range(NUM_CLASSES))
-    return Trained(network.to(device), settings["resize"], classes)
+    is_synthia = settings["source_format"] == "synthia"
+    evaluated = SYNTHIA_16 if is_synthia else tuple(range(NUM_CLASSES))
+    evaluated = tuple(parts.get("evaluated", evaluated))
+    return Trained(network.to(device), settings["resize"], classes, evaluated)
 
 
 # -------------------------------------------------------------------------------------- prediction
@@ -141,9 +154,8 @@ class Views(Dataset[tuple[list[Tensor], tuple[int, int]]]):
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], tuple[int, int]]:
         """Read one image at all scales."""
-        with Image.open(self.paths[index]) as image:
-            size = (image.height, image.width)
-        return [images.read(index)[None] for images in self.scaled], size
+        width, height = read_header(self.paths[index]).size
+        return [images.read(index)[None] for images in self.scaled], (height, width)
 
 
 @torch.no_grad()
@@ -182,16 +194,16 @@ def predictions(trained: Trained, paths: Sequence[Path], settings: Settings) -> 
 
 
 def scores_of(
-    confusion: anchorda.ConfusionMatrix, settings: Settings, is_16: bool
+    confusion: anchorda.ConfusionMatrix, settings: Settings, trained: Trained
 ) -> dict[str, Any]:
     """What is reported, as plain values; None where a class does not occur."""
     iou = confusion.iou()
     named = {
         name: None if math.isnan(value) else value
-        for name, value in zip(CLASS_NAMES, iou.tolist(), strict=True)
+        for name, value in zip(trained.classes.names, iou.tolist(), strict=True)
     }
     scores = {"miou": confusion.mean_iou().item(), "accuracy": confusion.accuracy().item()}
-    if is_16:
+    if trained.classes == STREET and trained.evaluated == SYNTHIA_16:
         scores["miou of 13 classes"] = mean_iou(confusion, SYNTHIA_13)
     how = {
         name: str(v) if isinstance(v, Path) else v
@@ -203,28 +215,40 @@ def scores_of(
 # ------------------------------------------------------------------------------------------- files
 
 
-def save_label_ids(folder: Path, image: Path, prediction: Tensor) -> None:
-    """Write raw ids under a name by which the official evaluation finds them: its image's."""
-    raw_ids = np.array([entry.raw_id for entry in CLASSES], np.uint8)
-    picture = Image.fromarray(raw_ids[prediction.cpu().numpy()])
-    name = image.name.removesuffix("_leftImg8bit.png") + "_labelIds.png"
+def save_label_ids(folder: Path, image: Path, prediction: Tensor, classes: Classes) -> None:
+    """Write the ids of label files, under a name by which the official evaluation finds them."""
+    ids = np.array([of_class[0] for of_class in classes.ids])
+    ids = ids.astype(np.uint8 if ids.max() < 256 else np.uint16)
+    picture = Image.fromarray(ids[prediction.cpu().numpy()])
+    name = image.stem.removesuffix("_leftImg8bit") + "_labelIds.png"
     write_atomically(folder / name, lambda temporary: picture.save(temporary, format="png"))
+
+
+def files_of(settings: Settings, classes: Classes) -> tuple[list[Path], list[Path]]:
+    """The images of the split, and their labels, if it has labels."""
+    target, own = settings.target, settings.target_format == "folder"
+    if settings.split == "test":
+        return (folder_images(target) if own else cityscapes_images(target, "test")), []
+    if own:
+        pairs = folder_target(target, classes).evaluation
+        if not pairs:
+            raise DatasetError(f"{target} has no folder labels to score by: choose --split test.")
+    else:
+        pairs = cityscapes_pairs(target, "val", classes)
+    count_labels(pairs, classes)
+    return [pair.image for pair in pairs], [pair.label for pair in pairs]
 
 
 def evaluate(trained: Trained, settings: Settings) -> None:
     """Predict every image of the split, and write what was asked for."""
     labeled = settings.split == "val"
-    if labeled:
-        pairs = cityscapes_pairs(settings.target, "val")
-        paths, truths = [pair.image for pair in pairs], [pair.label for pair in pairs]
-    else:
-        paths, truths = cityscapes_images(settings.target, "test"), []
+    paths, truths = files_of(settings, trained.classes)
     settings.output.mkdir(parents=True, exist_ok=True)
     label_folder = settings.output / "labelIds"
     if settings.labels:
         label_folder.mkdir(exist_ok=True)
 
-    confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
+    confusion = anchorda.ConfusionMatrix(len(trained.classes))
     evaluated = torch.tensor(trained.evaluated)
     drawn = set(np.linspace(0, len(paths) - 1, min(settings.pictures, len(paths)), dtype=int))
     rows: list[tuple[Tensor, list[Tensor]]] = []
@@ -233,21 +257,21 @@ def evaluate(trained: Trained, settings: Settings) -> None:
         prediction = prediction.cpu()
         maps = [prediction]
         if labeled:
-            truth = read_labels(truths[index])
+            truth = read_labels(truths[index], trained.classes)
             truth = truth.where(torch.isin(truth, evaluated), IGNORE)
             confusion.update(prediction, truth)
             maps = [truth, prediction]
         if settings.labels:
-            save_label_ids(label_folder, paths[index], prediction)
+            save_label_ids(label_folder, paths[index], prediction, trained.classes)
         if index in drawn:
             rows.append((plain.read(index), maps))
 
     if rows:
         titles = ("image", "truth", "prediction") if labeled else ("image", "prediction")
-        save_rows(settings.output / "pictures.png", titles, rows)
+        save_rows(settings.output / "pictures.png", titles, rows, trained.classes)
     if labeled:
-        scores = scores_of(confusion, settings, trained.evaluated == SYNTHIA_16)
-        table = iou_table({"IoU": confusion}, trained.evaluated)
+        scores = scores_of(confusion, settings, trained)
+        table = iou_table({"IoU": confusion}, trained.evaluated, trained.classes.names)
         table += f"\naccuracy  {100 * scores['accuracy']:.1f}"
         write_text(settings.output / "iou.txt", table + "\n")
         write_text(settings.output / "scores.json", json.dumps(scores, indent=2) + "\n")

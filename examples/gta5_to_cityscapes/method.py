@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from classes import CLASS_NAMES, NUM_CLASSES
+from classes import IGNORE
 from data import Data
 from engine import parallel
 from engine.loop import Batch, Term
@@ -21,6 +21,7 @@ from limits import Count, Fraction, Positive, Weight
 from networks.segmenter import Segmenter, enlarge, segment
 from streams import each_once
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 import anchorda
 
@@ -76,7 +77,7 @@ class Stage:
 def restore_stage(network: Segmenter, parts: Mapping[str, Any]) -> Stage:
     """The stage of a checkpoint; `network` has its architecture, with any weights."""
     device = next(network.parameters()).device
-    anchors = torch.zeros(NUM_CLASSES, network.feature_dim, device=device)
+    anchors = torch.zeros(len(parts["counts"]), network.feature_dim, device=device)
     labeler = anchorda.StageLabeler(network, anchors, extract=segment)
     labeler.load_state_dict(parts["labeler"])
     if network.compiled:
@@ -89,7 +90,9 @@ def restore_stage(network: Segmenter, parts: Mapping[str, Any]) -> Stage:
 
 def begin_stage(network: Segmenter, data: Data, settings: StageSettings) -> Stage:
     """Freeze the network, compute the anchors on the source, and choose the minimum margins."""
-    anchors = anchorda.CategoryAnchors(NUM_CLASSES, network.feature_dim).to(data.loading.device)
+    anchors = anchorda.CategoryAnchors(len(data.classes), network.feature_dim).to(
+        data.loading.device
+    )
     source = each_once(data.source_whole, "anchors", data.loading)
     labeler = anchorda.StageLabeler.from_source(network, source, anchors, extract=segment)
     labeler.by_anchor = anchorda.AnchorPseudoLabeler(min_margins(labeler, data, settings.margin))
@@ -104,11 +107,13 @@ def begin_stage(network: Segmenter, data: Data, settings: StageSettings) -> Stag
 
 def min_margins(labeler: anchorda.StageLabeler, data: Data, rules: str) -> Tensor:
     """The minimum margin of each class, (C,): the highest that a rule of `--margin` asks for."""
-    minimum = torch.full((NUM_CLASSES,), -math.inf, device=data.loading.device)
+    minimum = torch.full((len(data.classes),), -math.inf, device=data.loading.device)
     for rule, number in margin_rules(rules):
         minimum = torch.maximum(minimum, min_margin(rule, number, labeler, data))
     if parallel.is_main():
-        anchorda.warn_unreachable_margins(minimum, labeler.centroids, class_names=CLASS_NAMES)
+        anchorda.warn_unreachable_margins(
+            minimum, labeler.centroids, class_names=data.classes.names
+        )
     return minimum
 
 
@@ -128,7 +133,7 @@ def count_margins(
     labeler: anchorda.StageLabeler, samples: Iterable[tuple[Tensor, Tensor | None]]
 ) -> anchorda.ScoreCalibrator:
     """The margins of all pixels, and where the truth is known, if their nearest anchor is right."""
-    calibrator = anchorda.ScoreCalibrator(NUM_CLASSES).to(labeler.centroids.device)
+    calibrator = anchorda.ScoreCalibrator(len(labeler.centroids)).to(labeler.centroids.device)
     for images, truth in samples:
         labels, margins = labeler(images).by_anchor
         if truth is not None:
@@ -167,6 +172,21 @@ def label_target(stage: Stage, images: Tensor, kinds: str) -> dict[str, Tensor]:
     return maps if kinds == "both" else {kinds: maps[kinds]}
 
 
+def labeled_shares(stage: Stage, data: Data, kinds: str) -> dict[str, float]:
+    """The share of target pixels that get a label, by labeler, on 32 images or fewer."""
+    target = data.target_whole
+    some = Subset(target, range(0, len(target), math.ceil(len(target) / 32)))
+    names = ("anchor", "probability") if kinds == "both" else (kinds,)
+    counts = torch.zeros(len(names) + 1, device=data.loading.device)
+    for images in each_once(some, "labeled pixels", data.loading):
+        maps = label_target(stage, images, kinds)
+        counts[0] += maps[names[0]].numel()
+        for index, name in enumerate(names, start=1):
+            counts[index] += maps[name].ne(IGNORE).sum()
+    counts = parallel.total(counts.double())
+    return dict(zip(names, (counts[1:] / counts[0]).tolist(), strict=True))
+
+
 # ------------------------------------------------------------------------------------------ losses
 
 
@@ -202,7 +222,9 @@ def paper_losses(
 def source_term(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Term:
     """Cross-entropy of the source at the resolution of its labels."""
     loss = anchorda.discriminative_loss(logits, labels, weight=weight)
-    return Term(loss, amount(labels, logits.new_ones(NUM_CLASSES) if weight is None else weight))
+    return Term(
+        loss, amount(labels, logits.new_ones(logits.shape[1]) if weight is None else weight)
+    )
 
 
 def amount(labels: Tensor, weight: Tensor) -> Tensor:

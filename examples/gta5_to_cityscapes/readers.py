@@ -209,6 +209,15 @@ def cityscapes_pairs(
     return _pairs(images, labels, _gray(classes), skip_bad)
 
 
+def folder_images(root: Path, *, skip_bad: bool = False) -> list[Path]:
+    """List and check `root/images`; no label is looked at.
+
+    Raises:
+        DatasetError: If the folder is missing, or files are not images; it names all of them.
+    """
+    return _images(_Part(root / "images"), skip_bad)
+
+
 class Target(NamedTuple):
     """The images of a target, in two parts."""
 
@@ -227,7 +236,7 @@ def folder_target(root: Path, classes: Classes, *, skip_bad: bool = False) -> Ta
     Raises:
         DatasetError: If the folder is missing, or files cannot be used; it names all of them.
     """
-    paths = _images(_Part(root / "images"), skip_bad)
+    paths = folder_images(root, skip_bad=skip_bad)
     if not (root / "labels").is_dir():
         return Target(paths, [])
     labels, faults = _Part(root / "labels").files()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from classes import CLASS_NAMES, IGNORE, NUM_CLASSES, PALETTE, SYNTHIA_13, SYNTHIA_16
+from classes import CLASS_NAMES, IGNORE, STREET, SYNTHIA_13, SYNTHIA_16, Classes
 from engine.files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,20 +34,25 @@ def mean_iou(confusion: ConfusionMatrix, classes: Sequence[int]) -> float:
     return iou[list(classes)].nanmean().item()
 
 
-def iou_table(scores: Mapping[str, ConfusionMatrix], evaluated: Sequence[int]) -> str:
+def iou_table(
+    scores: Mapping[str, ConfusionMatrix],
+    evaluated: Sequence[int],
+    names: Sequence[str] = CLASS_NAMES,
+) -> str:
     """Lay out the IoU in percent: a row per class that occurs, a column per phase, then the means.
 
     Args:
         scores: The confusion of each phase.
         evaluated: The classes whose mean is meant; of SYNTHIA's 16 that of 13 is given, too.
+        names: Of all classes.
     """
     means = {"mIoU": evaluated}
-    if tuple(evaluated) == SYNTHIA_16:
+    if tuple(evaluated) == SYNTHIA_16 and tuple(names) == CLASS_NAMES:
         means = {"mIoU of 16": SYNTHIA_16, "mIoU of 13": SYNTHIA_13}
     by_class = zip(*(confusion.iou().tolist() for confusion in scores.values()), strict=True)
     rows = [
         (name, values)
-        for name, values in zip(CLASS_NAMES, by_class, strict=True)
+        for name, values in zip(names, by_class, strict=True)
         if not all(map(math.isnan, values))
     ]
     first = max(len(name) for name in ("class", *means, *(name for name, _ in rows)))
@@ -72,10 +77,14 @@ def _percent(value: float) -> str:
 
 
 def save_rows(
-    path: Path, titles: Sequence[str], rows: Sequence[tuple[Tensor, Sequence[Tensor]]]
+    path: Path,
+    titles: Sequence[str],
+    rows: Sequence[tuple[Tensor, Sequence[Tensor]]],
+    classes: Classes = STREET,
 ) -> None:
     """Draw rows of an image (3, H, W) in [0, 1] and its maps of train ids; below, a legend."""
-    handles = _class_patches(labels for _, maps in rows for labels in maps)
+    palette = classes.palette()
+    handles = _class_patches((labels for _, maps in rows for labels in maps), classes)
     # In inches. Boxes of the images' shapes, so that nothing has to be stretched or padded.
     box, gap, head = 3.0, 0.05, 0.32
     width = (box + gap) * len(titles) + gap
@@ -96,7 +105,9 @@ def save_rows(
     for places, (image, maps) in zip(grid, rows, strict=True):
         places[0].imshow(image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), aspect="auto")
         for axes, labels in zip(places[1:], maps, strict=True):
-            axes.imshow(PALETTE[_train_ids(labels)], interpolation="nearest", aspect="auto")
+            axes.imshow(
+                palette[_train_ids(labels, len(classes))], interpolation="nearest", aspect="auto"
+            )
     figure.legend(
         handles=handles, loc="lower center", ncols=legend_columns, frameon=False, fontsize=11,
         handlelength=1.3, handleheight=1.0, columnspacing=1.4, borderaxespad=0.1,
@@ -104,17 +115,21 @@ def save_rows(
     _save(figure, path)
 
 
-def _train_ids(labels: Tensor) -> NDArray[np.int64]:
+def _train_ids(labels: Tensor, num_classes: int) -> NDArray[np.int64]:
     ids: NDArray[np.int64] = labels.long().cpu().numpy()
-    return np.where((ids >= 0) & (ids < NUM_CLASSES), ids, IGNORE)
+    return np.where((ids >= 0) & (ids < num_classes), ids, IGNORE)
 
 
-def _class_patches(label_maps: Iterable[Tensor]) -> list[Patch]:
+def _class_patches(label_maps: Iterable[Tensor], classes: Classes) -> list[Patch]:
     present = sorted(
-        {int(label) for labels in label_maps for label in np.unique(_train_ids(labels))}
+        {
+            int(label)
+            for labels in label_maps
+            for label in np.unique(_train_ids(labels, len(classes)))
+        }
     )
-    names = [CLASS_NAMES[label] if label != IGNORE else "ignored" for label in present]
-    colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in PALETTE[present]]
+    names = [classes.names[label] if label != IGNORE else "ignored" for label in present]
+    colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in classes.palette()[present]]
     return [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
 
 
@@ -181,39 +196,47 @@ def _draw_mious(axes: Axes, mious: Mapping[str, float]) -> None:
     axes.grid(axis="y", color=_FAINT, linewidth=0.5)
 
 
-def save_anchor_distances(path: Path, centroids: Tensor) -> None:
-    """Draw the distances between the anchors (19, D) of the seen classes, if two are."""
+def save_anchor_distances(
+    path: Path, centroids: Tensor, class_names: Sequence[str] = CLASS_NAMES
+) -> None:
+    """Draw the distances between the anchors (C, D) of the seen classes, if two are."""
     seen = int(centroids.isfinite().all(dim=1).sum())
     if seen < 2:
         return
     size = 2.5 + 0.42 * seen
     figure = Figure((size + 1, size), dpi=_DPI, layout="constrained")
-    plots.plot_anchor_distances(figure.subplots(), centroids, class_names=CLASS_NAMES)
+    plots.plot_anchor_distances(figure.subplots(), centroids, class_names=class_names)
     _save(figure, path)
 
 
-def save_margin_curves(path: Path, margins: Mapping[str, ScoreCalibrator], minimum: Tensor) -> None:
+def save_margin_curves(
+    path: Path,
+    margins: Mapping[str, ScoreCalibrator],
+    minimum: Tensor,
+    class_names: Sequence[str] = CLASS_NAMES,
+) -> None:
     """Draw precision against coverage of each class's labels as its minimum margin rises.
 
     Args:
         path: The picture.
         margins: The margins by domain.
-        minimum: () or (19,), the minimum that was used: a dot on each curve.
+        minimum: () or (C,), the minimum that was used: a dot on each curve.
+        class_names: Of all classes.
     """
     curves = {domain: calibrator.curve() for domain, calibrator in margins.items()}
     known = [curve.precision.isfinite().any(dim=1) for curve in curves.values()]
-    classes = [c for c in range(NUM_CLASSES) if any(bool(k[c]) for k in known)]
+    classes = [c for c in range(len(class_names)) if any(bool(k[c]) for k in known)]
     columns = 5
     rows = max(1, math.ceil(len(classes) / columns))
     figure = Figure((2.4 * columns, 0.6 + 2.2 * rows), dpi=_DPI, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    minimum = minimum.cpu().expand(NUM_CLASSES).contiguous()
+    minimum = minimum.cpu().expand(len(class_names)).contiguous()
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, c in zip(grid.flat, classes, strict=False):
         axes.set_axis_on()
         left_out = minimum[c] == math.inf
-        axes.set_title(CLASS_NAMES[c] + (", left out" if left_out else ""), fontsize=10)
+        axes.set_title(class_names[c] + (", left out" if left_out else ""), fontsize=10)
         axes.grid(color=_FAINT, linewidth=0.5)
         for index, curve in enumerate(curves.values()):
             x, y = 100 * curve.coverage[c].cpu(), 100 * curve.precision[c].cpu()
@@ -247,7 +270,8 @@ def save_label_quality(path: Path, metrics: Path) -> bool:
     """
     qualities = _read_metrics(metrics).qualities
     parts = [part for quality in qualities.values() for part in quality]
-    names = [n for n in CLASS_NAMES if any(not math.isnan(part.get(n, math.nan)) for part in parts)]
+    every = dict.fromkeys(name for part in parts for name in part)
+    names = [n for n in every if any(not math.isnan(part.get(n, math.nan)) for part in parts)]
     if not names:
         return False
     labelers = list(dict.fromkeys(labeler for labeler, _ in qualities))

@@ -1,7 +1,7 @@
 """Scores of networks, and of pseudo-labels where the truth is known; nothing here is trained on."""
 
 import torch
-from classes import IGNORE, NUM_CLASSES
+from classes import IGNORE
 from data import Data
 from method import Stage, count_margins, label_target
 from networks.segmenter import Segmenter, enlarge, segment
@@ -23,7 +23,7 @@ def evaluate(network: Segmenter, images: LabeledImages, data: Data) -> anchorda.
     """The confusion of a network on labeled images."""
     network.eval()
     device = data.loading.device
-    confusion = anchorda.ConfusionMatrix(NUM_CLASSES).to(device)
+    confusion = anchorda.ConfusionMatrix(len(data.classes)).to(device)
     evaluated = torch.tensor(data.evaluated, device=device)
     for image, labels in each_once(images, "evaluation", data.loading):
         labels = labels.where(torch.isin(labels, evaluated), IGNORE)
@@ -47,7 +47,7 @@ def label_quality(stage: Stage, data: Data, kinds: str) -> dict[str, anchorda.Ps
         return {}
     names = ("anchor", "probability") if kinds == "both" else (kinds,)
     device = data.loading.device
-    quality = {name: anchorda.PseudoLabelQuality(NUM_CLASSES).to(device) for name in names}
+    quality = {name: anchorda.PseudoLabelQuality(len(data.classes)).to(device) for name in names}
     for images, labels in each_once(data.analysis, "label quality", data.loading):
         for kind, guess in label_target(stage, images, kinds).items():
             truth = anchorda.resize_labels(labels, guess.shape[1:])

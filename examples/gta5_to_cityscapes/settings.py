@@ -39,6 +39,8 @@ _EXAMPLES = """examples:
 """
 # Settings that may differ when a run is resumed.
 _OF_MACHINE = {"output", "resume", "workers", "threads", "device", "compile", "checkpoint_every"}
+# Data are compared by their content.
+_OF_MACHINE |= {"source", "target", "classes", "skip_bad"}
 
 Groups = tuple[
     RunSettings, DataSettings, NetworkSettings, WarmUpSettings, StageSettings, TrainingSettings
@@ -201,7 +203,8 @@ def _checked(line: Settings) -> Settings:
 
 def _fresh(settings: Settings) -> Settings:
     output = settings.run.output
-    if (output / "metrics.jsonl").exists():
+    metrics = output / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
         raise ValueError(
             f"{output} already holds a run: go on with it by --resume, remove it, or name another "
             "--output"
@@ -215,7 +218,7 @@ def _resumed(settings: Settings) -> Settings:
     saved = output / "settings.toml"
     if not saved.is_file():
         return settings  # stopped before it began
-    before, now = _checked(_parse(_preset_arguments(saved))).plain(), settings.plain()
+    before, now = _parse(_preset_arguments(saved)).plain(), settings.plain()
     for name in sorted((before.keys() | now.keys()) - _OF_MACHINE):
         if before.get(name) != now.get(name):
             raise ValueError(

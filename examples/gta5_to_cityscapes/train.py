@@ -12,23 +12,23 @@ where they exist they tell, after the fact, how good the pseudo-labels were.
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from classes import CLASS_NAMES, NUM_CLASSES
-from data import Data, DataSettings, open_data
+from data import Data, DataSettings, check_content, open_data
 from engine import parallel
 from engine.files import load_finished, write_text
 from engine.loop import Losses, Phase, TrainingSettings, make_optimizer, scheduled, train
-from engine.run import Run
+from engine.run import ResumeError, Run
 from method import (
     Stage,
     StageSettings,
     begin_stage,
     label_target,
+    labeled_shares,
     paper_losses,
     released_losses,
     restore_stage,
@@ -47,7 +47,7 @@ from report import (
 from scores import evaluate, label_quality, margin_counts, predict, select
 from settings import parse_settings
 from streams import RandomStream
-from torch import nn
+from torch import Tensor, nn
 from warm_up import Discriminator, WarmUpSettings, adversarial_losses, source_losses
 
 import anchorda
@@ -73,17 +73,23 @@ class Experiment:
         finished = self.run.finished(phase.name)
         if finished is not None:
             network.load_state_dict(finished["network"])
-            self.scores[phase.name] = anchorda.ConfusionMatrix(NUM_CLASSES)
+            self.scores[phase.name] = anchorda.ConfusionMatrix(len(self.data.classes))
             self.scores[phase.name].counts.copy_(finished["confusion"])
             return
         train(phase, self.training, self.run)
         scores = evaluate(network, self.data.evaluation, self.data).cpu()
         self.scores[phase.name] = scores
-        self.run.records.evaluation(phase.name, scores)
-        parts = {"network": network.state_dict(), "held": dict(phase.held)}
+        names = self.data.classes.names
+        self.run.records.evaluation(phase.name, scores, names)
+        parts = {
+            "network": network.state_dict(),
+            "held": dict(phase.held),
+            "classes": self.data.classes.plain(),
+            "evaluated": list(self.data.evaluated),
+        }
         self.run.finish(phase.name, {**parts, "confusion": scores.counts})
         if parallel.is_main():
-            print(f"\n{iou_table(self.scores, self.data.evaluated)}\n", flush=True)
+            print(f"\n{iou_table(self.scores, self.data.evaluated, names)}\n", flush=True)
 
 
 def adapt(arguments: list[str] | None = None) -> Path:
@@ -95,9 +101,13 @@ def adapt(arguments: list[str] | None = None) -> Path:
     run = Run(settings.run, settings.plain())
     if parallel.is_main():
         settings.save(settings.run.output / "settings.toml")
-    data = open_data(folders(settings.data, run), run.loading)
+    data_settings = folders(settings.data, run)
+    data = open_data(data_settings, run.loading)
+    check_content(data, data_settings, settings.run.output / "data.json", settings.run.resume)
     experiment = Experiment(run, data, settings.training)
-    initial_network = partial(new_network, settings.network, settings.run.seed, run.device)
+    initial_network = partial(
+        new_network, settings.network, settings.run.seed, run.device, len(data.classes)
+    )
 
     if settings.warm_up.baseline:
         plain = dataclasses.replace(data, photometric=False)
@@ -118,13 +128,15 @@ def adapt(arguments: list[str] | None = None) -> Path:
     folder = settings.run.output / "report"
     if parallel.is_main():
         folder.mkdir(exist_ok=True)
-        write_text(folder / "iou.txt", iou_table(experiment.scores, data.evaluated) + "\n")
+        names = data.classes.names
+        write_text(folder / "iou.txt", iou_table(experiment.scores, data.evaluated, names) + "\n")
         write_text(folder / "anchors.txt", "\n".join(tables))
         networks = {"warm-up": warm, "adapted": network.eval()}
         draw_panels(folder, networks, stage, data, settings.stages.labels)
         save_curves(folder / "curves.png", settings.run.output / "metrics.jsonl")
         save_label_quality(folder / "label_quality.png", settings.run.output / "metrics.jsonl")
-        save_anchor_distances(folder / "anchor_distances.png", stage.labeler.centroids.cpu())
+        centroids = stage.labeler.centroids.cpu()
+        save_anchor_distances(folder / "anchor_distances.png", centroids, names)
     draw_margins(folder, stage, data)
     return folder
 
@@ -135,7 +147,9 @@ def folders(settings: DataSettings, run: Run) -> DataSettings:
         return settings
     folder = run.settings.output / "synthetic"
     if parallel.is_main():
-        write_synthetic_pair(folder, seed=run.settings.seed, source_format=settings.source_format)
+        kind: Literal["gta5", "synthia"]
+        kind = "synthia" if settings.source_format == "synthia" else "gta5"
+        write_synthetic_pair(folder, seed=run.settings.seed, source_format=kind)
     parallel.wait()
     return dataclasses.replace(settings, source=folder / "source", target=folder / "target")
 
@@ -157,7 +171,7 @@ def warm_up(
     losses: Losses = partial(source_losses, data=data)
     streams: list[RandomStream[Any]] = [RandomStream(data.source, (seed, 0, 0))]
     if settings.warmup == "adversarial":
-        discriminator = Discriminator(NUM_CLASSES).to(experiment.run.device)
+        discriminator = Discriminator(len(data.classes)).to(experiment.run.device)
         networks["discriminator"] = discriminator
         rate = settings.discriminator_learning_rate
         optimizers.append(torch.optim.Adam(discriminator.parameters(), rate, betas=(0.9, 0.99)))
@@ -195,9 +209,11 @@ def train_stage(
     held = run.held(name)
     if held is None:
         stage = begin_stage(network, data, settings)
-        held = {"stage": stage.plain(), "health": anchor_table(stage, previous)}
+        table = anchor_table(stage, previous, data.classes.names)
+        held = {"stage": stage.plain(), "health": table}
+        say_labeled(name, stage, data, settings.labels)
         for kind, quality in label_quality(stage, data, settings.labels).items():
-            run.records.pseudo_labels(name, kind, quality)
+            run.records.pseudo_labels(name, kind, quality, data.classes.names)
     else:
         stage = restore_stage(network, held["stage"])
     count = training.iterations(settings.stage_iterations)
@@ -224,11 +240,27 @@ def train_stage(
     return stage, held["health"]
 
 
-def anchor_table(stage: Stage, previous: Stage | None) -> str:
+def say_labeled(name: str, stage: Stage, data: Data, kinds: str) -> None:
+    """Print the share of target pixels that a stage labels, and warn if it is none."""
+    shares = labeled_shares(stage, data, kinds)
+    if not parallel.is_main():
+        return
+    said = ", ".join(f"{share:.1%} by {kind}" for kind, share in shares.items())
+    print(f"{name}: labeled pixels of the target: {said}", flush=True)
+    for kind in (kind for kind, share in shares.items() if share == 0):
+        flag = "--margin" if kind == "anchor" else "--probability"
+        print(
+            f"warning: {name}: no pixel of the target gets a label by {kind}; its losses will be "
+            f"0. Lower {flag}, or train the warm-up longer.",
+            file=sys.stderr,
+        )
+
+
+def anchor_table(stage: Stage, previous: Stage | None, names: Sequence[str]) -> str:
     """Counts, nearest neighbors and drift of a stage's anchors."""
     before = None if previous is None else previous.labeler.centroids
     health = anchorda.anchor_health(stage.labeler.centroids, stage.counts, previous=before)
-    return health.table(CLASS_NAMES)
+    return health.table(names)
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -237,16 +269,21 @@ def anchor_table(stage: Stage, previous: Stage | None) -> str:
 def draw_panels(
     folder: Path, networks: Mapping[str, Segmenter], stage: Stage, data: Data, kinds: str
 ) -> None:
-    """Four evaluation images: truth, predictions of the networks, and pseudo-labels of a stage."""
+    """Four images: truth, if it is known, predictions of the networks, and last pseudo-labels."""
+    scored = len(data.evaluation) > 0
+    images = data.evaluation if scored else data.target_whole
     rows = []
-    for index in range(0, len(data.evaluation), max(1, len(data.evaluation) // 4))[:4]:
-        image, truth = data.evaluation[index]
-        images = image[None].to(data.loading.device)
-        predictions = [predict(network, images, truth.shape)[0] for network in networks.values()]
-        maps = [*label_target(stage, images, kinds).values()]
+    for index in range(0, len(images), max(1, len(images) // 4))[:4]:
+        sample = images[index]
+        image, truth = (sample, []) if isinstance(sample, Tensor) else (sample[0], [sample[1]])
+        size = truth[0].shape if truth else image.shape[1:]
+        batch = image[None].to(data.loading.device)
+        predictions = [predict(network, batch, size)[0] for network in networks.values()]
+        maps = [*label_target(stage, batch, kinds).values()]
         pseudo = anchorda.combine_pseudo_labels(maps[0], maps[-1], "union")[0]
-        rows.append((image, [truth, *predictions, pseudo]))
-    save_rows(folder / "panels.png", ["image", "truth", *networks, "last pseudo-labels"], rows)
+        rows.append((image, [*truth, *predictions, pseudo]))
+    titles = ["image", *(["truth"] if scored else []), *networks, "last pseudo-labels"]
+    save_rows(folder / "panels.png", titles, rows, data.classes)
 
 
 def draw_margins(folder: Path, stage: Stage, data: Data) -> None:
@@ -257,14 +294,15 @@ def draw_margins(folder: Path, stage: Stage, data: Data) -> None:
         if images is not None
     }
     if parallel.is_main():
-        save_margin_curves(folder / "margins.png", margins, stage.labeler.by_anchor.min_margin)
+        minimum = stage.labeler.by_anchor.min_margin
+        save_margin_curves(folder / "margins.png", margins, minimum, data.classes.names)
 
 
 def main() -> None:
     """Run from the command line."""
     try:
         folder = adapt()
-    except (DatasetError, FloatingPointError) as error:
+    except (DatasetError, FloatingPointError, ResumeError) as error:
         # From a worker process the message comes behind a traceback.
         sys.exit("error: " + str(error).rpartition("DatasetError: ")[2])
     if parallel.is_main():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from classes import NUM_CLASSES
+from classes import CLASS_NAMES, NUM_CLASSES
 from engine.files import load_checkpoint, save_checkpoint, write_atomically, write_text
 from engine.records import Records
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
@@ -31,7 +31,7 @@ def test_rewinding_forgets_what_came_after(tmp_path: Path) -> None:
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert len(before) == size
     records.losses("warm-up", 11, {"source": 2.0})
-    records.evaluation("warm-up", ConfusionMatrix(NUM_CLASSES))
+    records.evaluation("warm-up", ConfusionMatrix(NUM_CLASSES), CLASS_NAMES)
     records.close()
 
     again = Records(tmp_path)
@@ -51,8 +51,8 @@ def test_rewinding_forgets_what_came_after(tmp_path: Path) -> None:
 def test_undefined_numbers_are_null(tmp_path: Path) -> None:
     records = Records(tmp_path)
     records.rewind(0)
-    records.evaluation("warm-up", ConfusionMatrix(NUM_CLASSES))
-    records.pseudo_labels("stage 1", "anchor", PseudoLabelQuality(NUM_CLASSES))
+    records.evaluation("warm-up", ConfusionMatrix(NUM_CLASSES), CLASS_NAMES)
+    records.pseudo_labels("stage 1", "anchor", PseudoLabelQuality(NUM_CLASSES), CLASS_NAMES)
     records.selection("stage 1", 1, {"source": math.nan})
     records.close()
     text = (tmp_path / "metrics.jsonl").read_text()

@@ -1,6 +1,7 @@
 """Files that are written as a whole, and checkpoints that run no code when they are loaded."""
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # Unpickling what is damaged may raise any.
+        # torch's own text advises to load the file unsafely.
+        is_unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "not tensors and plain values alone" if is_unsafe else str(error).split("\n")[0]
         raise ValueError(
-            f"{path} is not a checkpoint of this example, or it is damaged ({error})."
+            f"{path} is not a checkpoint of this example, or it is damaged ({reason})."
         ) from error
     return parts
 

@@ -7,6 +7,7 @@ all random numbers of an iteration depend on the iteration's number alone (see `
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -314,6 +315,7 @@ class _Watch:
     def __init__(self, phase: Phase, records: Records) -> None:
         self.phase, self.records = phase, records
         self.pending: dict[int, dict[str, Tensor]] = {}
+        self.has_learned = False
 
     def add(self, iteration: int, values: dict[str, Tensor]) -> None:
         self.pending[iteration] = values
@@ -333,6 +335,13 @@ class _Watch:
             if iteration % _SHOW_EVERY == 1 % _SHOW_EVERY:
                 self.records.losses(self.phase.name, iteration, terms)
             shown = {name: f"{value:.3f}" for name, value in terms.items()}
+            self.has_learned |= any(terms.values())
+            if iteration == _SHOW_EVERY and not self.has_learned and parallel.is_main():
+                tqdm.write(
+                    f"warning: {self.phase.name}: all losses were 0 in the first {iteration} "
+                    "iterations: every label is ignored. Check the ids of the labels.",
+                    file=sys.stderr,
+                )
         self.pending.clear()
         return shown
 

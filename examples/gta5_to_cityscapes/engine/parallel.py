@@ -20,6 +20,20 @@ def start(device: str) -> torch.device:
     return chosen
 
 
+def check_device(name: str) -> None:
+    """Raise a ValueError if torch has no device of that name here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        devices = ["cpu"]
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        devices += ["mps"] if torch.backends.mps.is_available() else []
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: expected one of {', '.join(devices)} here, but got {name!r} ({reason})"
+        ) from error
+
+
 def started() -> int:
     """Number of processes that `torchrun` has started, also before they have joined."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1

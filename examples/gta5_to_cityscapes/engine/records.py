@@ -4,11 +4,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from classes import CLASS_NAMES
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -59,21 +58,23 @@ class Records:
         event = {"kind": "selection", "phase": phase, "iteration": iteration}
         self._write(event | {"miou": {name: _or_none(value) for name, value in scores.items()}})
 
-    def evaluation(self, phase: str, confusion: ConfusionMatrix) -> None:
-        """Record the scores of a network on the evaluation images."""
+    def evaluation(self, phase: str, confusion: ConfusionMatrix, names: Sequence[str]) -> None:
+        """Record the scores of a network on the evaluation images, by the names of the classes."""
         scores = {
             "miou": _or_none(confusion.mean_iou().item()),
             "accuracy": _or_none(confusion.accuracy().item()),
-            "iou": _by_class(confusion.iou()),
+            "iou": _by_class(confusion.iou(), names),
         }
         self._write({"kind": "evaluation", "phase": phase, **scores})
 
-    def pseudo_labels(self, phase: str, labeler: str, quality: PseudoLabelQuality) -> None:
+    def pseudo_labels(
+        self, phase: str, labeler: str, quality: PseudoLabelQuality, names: Sequence[str]
+    ) -> None:
         """Record coverage, precision and recall of pseudo-labels."""
         scores = {
-            "coverage": _by_class(quality.coverage()),
-            "precision": _by_class(quality.precision()),
-            "recall": _by_class(quality.recall()),
+            "coverage": _by_class(quality.coverage(), names),
+            "precision": _by_class(quality.precision(), names),
+            "recall": _by_class(quality.recall(), names),
         }
         self._write({"kind": "pseudo-labels", "phase": phase, "labeler": labeler, **scores})
 
@@ -105,8 +106,8 @@ class Records:
             self._board.add_scalar("evaluation/mIoU", _or_nan(event["miou"]), self._evaluations)
 
 
-def _by_class(values: Tensor) -> dict[str, float | None]:
-    return dict(zip(CLASS_NAMES, map(_or_none, values.tolist()), strict=True))
+def _by_class(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
+    return dict(zip(names, map(_or_none, values.tolist()), strict=True))
 
 
 def _or_none(value: float) -> float | None:

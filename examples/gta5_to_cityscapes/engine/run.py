@@ -1,5 +1,6 @@
 """A run on disk and on its machine: settings, checkpoints, records, processes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from streams import Loading
 from engine import parallel
 from engine.files import load_checkpoint, save_checkpoint
 from engine.records import Records
+
+_CHECKPOINT = re.compile(r"(unfinished|source-only|warm-up|stage-\d+)\.pt$")  # others are ignored
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class RunSettings:
 
     def check(self) -> None:
         """Raise a ValueError that names the flags which do not fit together."""
+        if self.device:
+            parallel.check_device(self.device)
+
+
+class ResumeError(Exception):
+    """A run cannot be resumed from its folder; the message says why."""
 
 
 class Run:
@@ -58,9 +67,9 @@ class Run:
             settings.output.mkdir(parents=True, exist_ok=True)
         self.loading = Loading(settings.workers, self.device)
         self.records = Records(settings.output if parallel.is_main() else None)
-        checkpoints = self.folder.glob("*.pt") if settings.resume else ()
+        found = sorted(self.folder.glob("*.pt")) if settings.resume else ()
         # Events after the latest checkpoint will be recorded again.
-        sizes = (load_checkpoint(path)["metrics_size"] for path in checkpoints)
+        sizes = (self._load(path)["metrics_size"] for path in found if _CHECKPOINT.match(path.name))
         self.records.rewind(max(sizes, default=0))
 
     @property
@@ -71,14 +80,14 @@ class Run:
     def finished(self, phase: str) -> dict[str, Any] | None:
         """The checkpoint of a phase that an earlier start of this run has finished."""
         path = self._path(phase)
-        return load_checkpoint(path) if self.settings.resume and path.is_file() else None
+        return self._load(path) if self.settings.resume and path.is_file() else None
 
     def unfinished(self, phase: str) -> dict[str, Any] | None:
         """The checkpoint of a phase in which an earlier start of this run was interrupted."""
         path = self.folder / "unfinished.pt"
         if not self.settings.resume or not path.is_file():
             return None
-        parts = load_checkpoint(path)
+        parts = self._load(path)
         return parts if parts["phase"] == phase else None
 
     def held(self, phase: str) -> dict[str, Any] | None:
@@ -93,6 +102,18 @@ class Run:
     def interrupt(self, phase: str, parts: Mapping[str, object]) -> None:
         """Save the checkpoint of a phase in progress."""
         self._save(self.folder / "unfinished.pt", phase, parts)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        """Load a checkpoint of this run."""
+        fix = "Remove it to go on from the checkpoint before."
+        try:
+            parts = load_checkpoint(path)
+        except ValueError as error:
+            raise ResumeError(f"{error} {fix}") from error
+        missing = [name for name in ("phase", "metrics_size", "held") if name not in parts]
+        if missing:
+            raise ResumeError(f"{path} is no checkpoint of a phase: it lacks {missing}. {fix}")
+        return parts
 
     def _path(self, phase: str) -> Path:
         return self.folder / f"{phase.replace(' ', '-')}.pt"

@@ -54,10 +54,12 @@ class NetworkSettings:
             raise ValueError("--weights are of a whole network, its backbone included: give one")
 
 
-def new_network(settings: NetworkSettings, seed: int, device: torch.device) -> Segmenter:
+def new_network(
+    settings: NetworkSettings, seed: int, device: torch.device, num_classes: int = NUM_CLASSES
+) -> Segmenter:
     """The network to begin with, the same for the same seed."""
     torch.manual_seed(seed)
-    network = build_network(settings.network)
+    network = build_network(settings.network, num_classes)
     load_weights(network, whole=settings.weights, backbone=settings.backbone)
     network.precision = settings.precision
     if settings.batch_norm == "freeze":
@@ -72,7 +74,7 @@ def new_network(settings: NetworkSettings, seed: int, device: torch.device) -> S
     return network
 
 
-def build_network(name: str) -> Segmenter:
+def build_network(name: str, num_classes: int = NUM_CLASSES) -> Segmenter:
     """One of `NETWORKS`, with weights drawn from torch's global generator.
 
     Raises:
@@ -81,19 +83,19 @@ def build_network(name: str) -> Segmenter:
     if name not in NETWORKS:
         raise ValueError(f"Expected one of the networks {', '.join(NETWORKS)}, but got {name!r}.")
     if name == "small":
-        return SmallSegmenter(NUM_CLASSES)
+        return SmallSegmenter(num_classes)
     if name.startswith("deeplab"):
-        return DeepLab(NUM_CLASSES, depth=int(name.removeprefix("deeplab")))
+        return DeepLab(num_classes, depth=int(name.removeprefix("deeplab")))
     # Imported here: not everybody has these packages, and transformers takes seconds to import.
     if name == "light":
         _require(name, "efficientnet_lite_pytorch", "examples")
         from networks.light import LightSegmenter
 
-        return LightSegmenter(NUM_CLASSES)
+        return LightSegmenter(num_classes)
     _require(name, "transformers", "segformer")
     from networks.segformer import SegFormer
 
-    return SegFormer(NUM_CLASSES, size=name.removeprefix("segformer-"))
+    return SegFormer(num_classes, size=name.removeprefix("segformer-"))
 
 
 def _require(network: str, package: str, extra: str) -> None:
