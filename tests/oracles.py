@@ -316,6 +316,36 @@ def contrastive_loss(
     return sum(losses) / max(1, len(losses))
 
 
+def sinkhorn(s: Array, shares: Sequence[float], epsilon: float, iterations: int) -> Array:
+    """As CPSL writes it."""
+    q = np.exp(s / epsilon)
+    q = q / q.sum()
+    for _ in range(iterations):
+        for k in range(q.shape[1]):
+            if q[:, k].sum() > 0:
+                q[:, k] *= shares[k] / q[:, k].sum()
+        for i in range(len(q)):
+            if q[i].sum() > 0:
+                q[i] /= q[i].sum() * len(q)
+    return np.asarray(q * len(q))
+
+
+def k_means_step(x: Array, y: Labels, a: Array) -> tuple[Array, float]:
+    """Anchors (C, M, D) after one step, and the largest move; an anchor without features stays."""
+    members: dict[tuple[int, int], list[Array]] = {}
+    for feature, label in zip(x, y, strict=True):
+        if 0 <= label < len(a) and np.isfinite(feature).all():
+            present = [m for m in range(a.shape[1]) if np.isfinite(a[label, m]).all()]
+            if present:
+                nearest = min(present, key=lambda m: (distance(feature, a[label, m]), m))
+                members.setdefault((int(label), nearest), []).append(feature)
+    moved, largest = a.copy(), 0.0
+    for key, features in members.items():
+        moved[key] = sum(features) / len(features)
+        largest = max(largest, distance(moved[key], a[key]))
+    return moved, largest
+
+
 def consistency_loss(x: Array, t: Array, a: Array, kind: str, temperature: float) -> float:
     """Of teacher probabilities t (P, C); a pixel without any of a seen class is inactive."""
     losses = []

@@ -23,6 +23,7 @@ _accumulator = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
 _other = anchorda.CategoryAnchors(NUM_CLASSES, 3, momentum=0.1)
 _covariance = anchorda.WithinClassCovariance(NUM_CLASSES, 3)
 _variances = anchorda.ClassVariances(NUM_CLASSES, 3)
+_clusters = anchorda.AnchorClusters(NUM_CLASSES, 3, 2)
 _confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
 _quality = anchorda.PseudoLabelQuality(NUM_CLASSES)
 _calibrator = anchorda.ScoreCalibrator(NUM_CLASSES)
@@ -45,6 +46,15 @@ def _moments(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) 
         state.reset()
         state.update(features, labels)
     return [_covariance.compute(), *_variances.compute()]
+
+
+def _cluster(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
+    del logits, anchors
+    _clusters.reset()
+    for _ in range(2):
+        _clusters.update(features, labels)
+        _clusters.step()
+    return _clusters.compute()
 
 
 def _evaluate(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) -> list[Tensor]:
@@ -115,6 +125,8 @@ CASES: dict[str, Case] = {
         x, x.detach() + 1, y, classes=[0, 3]
     ),
     "moments": _moments,
+    "AnchorClusters": _cluster,
+    "sinkhorn": lambda x, y, z, a: anchorda.sinkhorn_assignments(z.movedim(1, -1).flatten(0, -2)),
     "soft_class_sums": lambda x, y, z, a: anchorda.soft_class_sums(x, z.softmax(1)),
     "discriminant": lambda x, y, z, a: anchorda.linear_discriminant(
         a, torch.eye(3, device=a.device)
@@ -275,6 +287,7 @@ def test_results_on_the_meta_device_have_the_shapes_and_dtypes_of_real_ones() ->
             "ScoreCalibrator",
             "evaluation",
             "moments",
+            "AnchorClusters",
             "margins",
             "combine",
             "several",

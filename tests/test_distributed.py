@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import anchorda
 from anchorda import (
+    AnchorClusters,
     CategoryAnchors,
     ClassSums,
     ClassVariances,
@@ -273,6 +274,14 @@ def _report_share(report: Report, rank: int, world: int, share: str) -> None:
         all_reduce(moments)
         for name, value in moments.state_dict().items():
             report[f"{share} {scatters.__name__} {name}"] = value
+    clusters = AnchorClusters(5, 3, 2)
+    for number in range(2):
+        for features, labels in stream:
+            clusters.update(features, labels)
+        all_reduce(clusters)
+        report[f"{share} clusters counts {number}"] = clusters.counts.clone()
+        clusters.step()
+    report[f"{share} clusters"] = clusters.compute().nan_to_num(-99.0)
     soft = soft_sums_of(stream)
     report[f"{share} soft sums"], report[f"{share} soft counts"] = all_reduce_class_sums(soft)
     report[f"{share} stage"] = staged(stream).centroids
@@ -500,6 +509,11 @@ def test_scatters_and_soft_sums_are_those_of_one_process(reports: list[Report], 
         for name, expected in scattered(kind, stream).state_dict().items():
             actual = reports[0][f"{share} {kind.__name__} {name}"]
             torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=1e-13)
+    counts = sums_of(stream).counts
+    for number in range(2):
+        assert torch.equal(reports[0][f"{share} clusters counts {number}"].sum(dim=1), counts)
+    found = reports[0][f"{share} clusters"]
+    assert ((found != -99).all(dim=2).any(dim=1) == (counts > 0)).all()
     for name, expected in zip(("sums", "counts"), soft_sums_of(stream), strict=True):
         actual = reports[0][f"{share} soft {name}"]
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=1e-13)
@@ -582,7 +596,8 @@ def test_scores_of_logits_are_those_of_one_process(
 
 
 KINDS = ", ".join(
-    kind.__name__ for kind in (CategoryAnchors, *SCATTERS[::-1], *COUNTING, *OF_LOGITS)
+    kind.__name__
+    for kind in (CategoryAnchors, AnchorClusters, *SCATTERS[::-1], *COUNTING, *OF_LOGITS)
 )
 
 

@@ -19,7 +19,7 @@ PACKAGE = Path(anchorda.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors first; a module imports from floors below its own, never from beside or above.
 FLOORS = [
-    {"_checks", "_ops.majority", "_ops.kernels", "_ops.tiles", "_pickles"},
+    {"_checks", "_sampling", "_ops.majority", "_ops.kernels", "_ops.tiles", "_pickles"},
     {"_ops.reference"},
     {"_ops.cpu", "_ops.plain", "_ops.exportable"},
     {"_ops"},

@@ -2,6 +2,7 @@
 
 from . import released as released
 from .anchors import (
+    AnchorClusters,
     CategoryAnchors,
     ClassSums,
     class_sums,
@@ -46,6 +47,7 @@ from .pseudo_labels import (
     anchor_probabilities,
     combine_pseudo_labels,
     rectify,
+    sinkhorn_assignments,
 )
 from .selection import (
     InformationMaximization,
@@ -66,6 +68,7 @@ from .taps import FeatureTap
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnchorClusters",
     "AnchorConsistencyLoss",
     "AnchorContrastiveLoss",
     "AnchorDistanceLoss",
@@ -115,6 +118,7 @@ __all__ = [
     "margin_limits",
     "rectify",
     "resize_labels",
+    "sinkhorn_assignments",
     "soft_class_sums",
     "symmetric_cross_entropy",
     "warn_unreachable_margins",

@@ -21,6 +21,7 @@ from ._checks import (
     check_features,
     check_fits,
     check_ignore_index,
+    check_int,
     check_label_map,
     check_labels,
     check_logits,
@@ -32,7 +33,11 @@ from ._checks import (
 )
 from ._ops.majority import majority
 from ._ops.reference import has_float64
+from ._sampling import NO_PRIORITY, join_samples, random_priorities, smallest_of_classes
 from ._state import move_buffers, receive_state, sent_state
+
+# Sampled features of a class, for each of its anchors, that the first ones are chosen from.
+_CANDIDATES = 64
 
 
 class ClassSums(NamedTuple):
@@ -486,4 +491,246 @@ class CategoryAnchors(nn.Module):
         return (
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"max_count={self.max_count}, momentum={self.momentum}"
+        )
+
+
+@final
+class AnchorClusters(nn.Module):
+    r"""Several anchors of each class, by k-means of its features in passes over a stream.
+
+    .. math:: a_{c,m} \leftarrow \frac{1}{|P_{c,m}|} \sum_{i \in P_{c,m}} x_i, \qquad
+              P_{c,m} = \{i : y_i = c,\ m = \arg\min_j \lVert x_i - a_{c,j} \rVert_2\}
+
+    In the first pass `update` samples candidates of each class, and `step` chooses the first
+    anchors among them as k-means++ does: each by the squared distance to those before it. In every
+    later pass `update` assigns the features and adds them up, and `step` moves the anchors::
+
+        for _ in range(passes):
+            for features, labels in stream:
+                clusters.update(features, labels)
+            clusters.step()
+
+    Ignored labels and features that are not finite do not contribute. ``update`` does not
+    communicate between processes: call `all_reduce` before each ``step``, and all ranks have the
+    same anchors. Sums are float64 with int64 counts. The candidates are random, but the same for
+    one seed on every device and however the stream is divided into batches.
+
+    Args:
+        num_classes: C.
+        feature_dim: D.
+        anchors_per_class: M.
+        seed: of the candidates and of the choice among them.
+
+    Raises:
+        TypeError: if an argument or a dtype is wrong.
+        ValueError: if a number, a shape or a device is wrong.
+
+    Source: k-means as in MADA (arXiv 2108.07991) and BiSMAP, with the seeds of k-means++ (Arthur
+    and Vassilvitskii, 2007) among 64 candidates for each anchor.
+
+    >>> clusters = AnchorClusters(num_classes=2, feature_dim=1, anchors_per_class=2)
+    >>> features, labels = torch.tensor([[1.0], [2.0], [9.0], [5.0]]), torch.tensor([0, 0, 0, 1])
+    >>> for _ in range(3):
+    ...     clusters.update(features, labels)
+    ...     move = clusters.step()
+    >>> clusters.compute().squeeze(2).sort(dim=1).values
+    tensor([[1.5000, 9.0000],
+            [5.0000,    nan]])
+    >>> move
+    tensor(0., dtype=torch.float64)
+    """
+
+    anchors: Tensor
+    """(C, M, D) float64: NaN where there is none. Read them through `compute`."""
+    sums: Tensor
+    """(C, M, D) float64: of the features of each anchor in this pass."""
+    counts: Tensor
+    """(C, M) int64: their number; in the first pass of each class, in the first column."""
+    candidates: Tensor
+    """(C, K, D) float32: the sample of the first pass; (C, 0, D) later."""
+    priorities: Tensor
+    """(C, K) int64: those of the candidates, ascending."""
+    passed_with_counts: bool = False
+    """True in a process that was started with this accumulator, already filled, as an argument."""
+
+    def __init__(
+        self, num_classes: int, feature_dim: int, anchors_per_class: int, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        num_classes = check_count(num_classes, "num_classes")
+        feature_dim = check_count(feature_dim, "feature_dim")
+        anchors_per_class = check_count(anchors_per_class, "anchors_per_class")
+        self.seed: int = check_int(seed, "seed")
+        shape = num_classes, anchors_per_class, feature_dim
+        self.register_buffer("anchors", torch.full(shape, torch.nan, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(shape[:2], dtype=torch.int64))
+        self.register_buffer("candidates", torch.zeros(num_classes, 0, feature_dim))
+        empty = torch.zeros(num_classes, 0, dtype=torch.int64)
+        self.register_buffer("priorities", empty)
+        self._resize(_CANDIDATES * anchors_per_class)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch of features ``(N, D, *)`` with labels ``(N, *)`` to this pass."""
+        check_features(features)
+        check_feature_dim(features, self.anchors.shape[2], " Set feature_dim={}.")
+        check_labels(labels, features)
+        if has_float64(features.device):
+            check_device(self.anchors, "anchors", features, "features")
+        features, labels = features.detach(), labels.long()
+        num_classes, per_class, dim = self.anchors.shape
+        labels = torch.where((labels >= 0) & (labels < num_classes), labels, -1)
+        if self._is_first_pass():
+            self._sample(features, labels)
+            return
+        # To the own anchors alone: the other classes' would be M·C distances a pixel.
+        present = self.anchors.isfinite().all(dim=2).to(features.device)
+        points = self.anchors.to(
+            features.device, torch.promote_types(features.dtype, torch.float32)
+        )
+        squared = torch.stack(
+            [
+                torch.where(
+                    present[labels, m],
+                    _ops.pixel_losses(features, labels, points[:, m], "squared"),
+                    torch.inf,
+                )
+                for m in range(per_class)
+            ]
+        )
+        least, nearest = squared.min(dim=0)
+        cluster = torch.where((labels >= 0) & (least < torch.inf), labels * per_class + nearest, -1)
+        sums, counts = _ops.class_sums(features, cluster, num_classes * per_class)
+        self.sums += sums.view(num_classes, per_class, dim).to(self.sums)
+        self.counts += counts.view(num_classes, per_class).to(self.counts)
+
+    def step(self) -> Tensor:
+        """Move the anchors, begin the next pass, and return the largest move, a scalar.
+
+        The first step places the anchors: its move is infinite. An anchor without features stays.
+        """
+        if self._is_first_pass():
+            self.anchors.copy_(self._seeds())
+            self._resize(0)
+            move = self.anchors.new_full((), torch.inf)
+        else:
+            moved = self.sums / self.counts[:, :, None].clamp(min=1)
+            moved = torch.where((self.counts > 0)[:, :, None], moved, self.anchors)
+            move = (moved - self.anchors).norm(dim=2).nan_to_num(0.0).amax()
+            self.anchors.copy_(moved)
+        self.sums.zero_()
+        self.counts.zero_()
+        return move
+
+    def merge(self, other: Self) -> None:
+        """Add what another one, with the same settings and anchors, has seen in this pass."""
+        check_mergeable(other, self)
+        mine, its = self.extra_repr(), other.extra_repr()
+        if mine != its or self._is_first_pass() != other._is_first_pass():
+            raise ValueError(
+                f"Expected `other` to be AnchorClusters({mine}) in the same pass, but got "
+                f"AnchorClusters({its}). Merge equal settings, before the same step."
+            )
+        check_device(other.anchors, "other", self.anchors, "anchors")
+        self.sums += other.sums
+        self.counts += other.counts
+        self.candidates, self.priorities = join_samples(
+            (self.candidates, self.priorities), (other.candidates, other.priorities)
+        )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.anchors.fill_(torch.nan)
+        self.sums.zero_()
+        self.counts.zero_()
+        self._resize(_CANDIDATES * self.anchors.shape[1])
+        self.passed_with_counts = False
+
+    def compute(self) -> Tensor:
+        """Return the anchors (C, M, D) in float32.
+
+        Rows are NaN before the first step, and where a class has fewer distinct candidates.
+        """
+        return self.anchors.float()
+
+    def _is_first_pass(self) -> bool:
+        return self.priorities.shape[1] > 0
+
+    def _resize(self, count: int) -> None:
+        """Allocate an empty sample of that many candidates a class."""
+        num_classes, _, dim = self.anchors.shape
+        self.candidates = self.candidates.new_zeros(num_classes, count, dim)
+        self.priorities = self.priorities.new_full((num_classes, count), NO_PRIORITY)
+
+    def _sample(self, features: Tensor, labels: Tensor) -> None:
+        """Sample candidates of each class."""
+        if labels.numel() == 0:
+            return
+        num_classes, count = self.priorities.shape
+        zero = features.new_zeros(1, features.shape[1])
+        norms = _ops.pixel_losses(features, torch.zeros_like(labels), zero, "euclidean")
+        used = (labels >= 0) & norms.isfinite()
+        classes = torch.where(used, labels, num_classes).flatten()
+        ordinals = used.flatten().cumsum(0) + self.counts.sum().to(used.device)
+        priorities = random_priorities(ordinals, self.seed)
+        chosen, found = smallest_of_classes(classes, priorities, num_classes, count)
+        pixels = features.flatten(2) if features.ndim > 2 else features.unsqueeze(2)
+        rows = pixels[chosen // pixels.shape[2], :, chosen % pixels.shape[2]].to(self.candidates)
+        of_rows = torch.where(found, priorities[chosen], NO_PRIORITY).to(self.priorities)
+        self.candidates, self.priorities = join_samples(
+            (self.candidates, self.priorities), (rows, of_rows)
+        )
+        added = self.counts.new_zeros(num_classes + 1)
+        added.scatter_add_(
+            0, classes.to(added.device), torch.ones_like(added[:1]).expand(len(classes))
+        )
+        self.counts[:, 0] += added[:-1]
+
+    def _seeds(self) -> Tensor:
+        """Seeds (C, M, D) of k-means++ among the candidates; NaN where they are not distinct."""
+        x, (num_classes, per_class, _) = self.candidates.double(), self.anchors.shape
+        some = torch.arange(num_classes * per_class, device=x.device)
+        draws = random_priorities(some, self.seed).view(num_classes, per_class) / NO_PRIORITY
+        # Candidates are in random order: the first one is a uniform draw.
+        squared = (self.priorities < NO_PRIORITY).double()
+        index = torch.zeros(num_classes, dtype=torch.int64, device=x.device)
+        seeds = []
+        for m in range(per_class):
+            total = squared.sum(dim=1)
+            if m > 0:
+                below = squared.cumsum(dim=1) <= (draws[:, m] * total)[:, None]
+                index = below.sum(dim=1).clamp(max=x.shape[1] - 1)
+            seed = x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))
+            seeds.append(torch.where(total[:, None, None] > 0, seed, torch.nan))
+            to_seed = (x - seed).square().sum(dim=2)
+            squared = torch.minimum(squared, to_seed) if m > 0 else squared * to_seed
+        return torch.cat(seeds, dim=1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        move_buffers(self, fn)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *others: object
+    ) -> None:
+        # There are as many candidates as in the pass of the state.
+        saved = state_dict.get(prefix + "priorities")
+        if isinstance(saved, Tensor) and saved.ndim == 2:
+            self._resize(saved.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The attributes, by value where a new process is started with them."""
+        return sent_state(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore the attributes, in memory that no other process shares."""
+        receive_state(self, state)
+
+    def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
+        num_classes, per_class, dim = self.anchors.shape
+        return (
+            f"num_classes={num_classes}, feature_dim={dim}, anchors_per_class={per_class}, "
+            f"seed={self.seed}"
         )

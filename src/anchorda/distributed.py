@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._checks import check_sums
-from .anchors import CategoryAnchors, ClassSums
+from .anchors import AnchorClusters, CategoryAnchors, ClassSums
 from .calibration import ScoreCalibrator
 from .evaluation import ConfusionMatrix, PseudoLabelQuality
 from .selection import InformationMaximization, LabelAgreement, NuclearNorm, SoftNeighborhoodDensity
@@ -32,6 +32,7 @@ from .statistics import ClassVariances, WithinClassCovariance, scatter_of_means
 _OfLogits: TypeAlias = SoftNeighborhoodDensity | InformationMaximization | NuclearNorm
 State: TypeAlias = (
     CategoryAnchors
+    | AnchorClusters
     | WithinClassCovariance
     | ClassVariances
     | ConfusionMatrix
@@ -115,10 +116,11 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
     look in between, reduce a ``copy.deepcopy``.
 
     Args:
-        state: of this rank, changed in place: `CategoryAnchors`, `WithinClassCovariance`,
-            `ClassVariances`, `ConfusionMatrix`, `PseudoLabelQuality`, `ScoreCalibrator`,
-            `LabelAgreement`, `SoftNeighborhoodDensity`, `InformationMaximization` or `NuclearNorm`.
-            Without an initialized ``torch.distributed`` it is left as it is.
+        state: of this rank, changed in place: `CategoryAnchors`, `AnchorClusters`,
+            `WithinClassCovariance`, `ClassVariances`, `ConfusionMatrix`, `PseudoLabelQuality`,
+            `ScoreCalibrator`, `LabelAgreement`, `SoftNeighborhoodDensity`,
+            `InformationMaximization` or `NuclearNorm`. Without an initialized
+            ``torch.distributed`` it is left as it is.
         group: the processes that take part; ``None`` is all of them.
 
     Returns:
@@ -145,7 +147,7 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
     check_agreement(state, group)
     if not _ranks(group):
         return
-    if isinstance(state, _OfLogits):
+    if isinstance(state, (_OfLogits, AnchorClusters)):
         _merge_all(state, group)
         return
     counts = _sum(state.counts, group)
@@ -218,7 +220,7 @@ def _check_agreement(
         )
 
 
-def _merge_all(state: _OfLogits, group: dist.ProcessGroup | None) -> None:
+def _merge_all(state: _OfLogits | AnchorClusters, group: dist.ProcessGroup | None) -> None:
     """Replace a state by the states of all ranks, merged in their order.
 
     Its shapes depend on what a rank has seen, so the states travel as objects; they are small.
@@ -227,8 +229,8 @@ def _merge_all(state: _OfLogits, group: dist.ProcessGroup | None) -> None:
     gathered: list[dict[str, Tensor]] = [{} for _ in _ranks(group)]
     dist.all_gather_object(gathered, own, group=group)
     merged, other = copy.deepcopy(state).cpu(), copy.deepcopy(state).cpu()
-    merged.reset()
-    for part in gathered:
+    merged.load_state_dict(gathered[0])
+    for part in gathered[1:]:
         other.load_state_dict(part)
         merged.merge(other)  # type: ignore[arg-type]  # both are copies of one state
     state.load_state_dict(merged.state_dict())

@@ -1,5 +1,6 @@
 """Pseudo-labels for target pixels, from distances to the anchors or from class probabilities."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, final
 
@@ -14,6 +15,8 @@ from ._checks import (
     check_alike,
     check_anchors,
     check_choice,
+    check_count,
+    check_device,
     check_features,
     check_flag,
     check_ignore_index,
@@ -156,6 +159,68 @@ def rectify(probabilities: Tensor, assignments: Tensor) -> Tensor:
     product = probabilities.detach().to(dtype) * assignments.detach()
     total = product.sum(dim=1, keepdim=True)
     return product / torch.where(total == 0, 1.0, total)
+
+
+def sinkhorn_assignments(
+    scores: Tensor,
+    *,
+    shares: PerClass | None = None,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+) -> Tensor:
+    r"""Soft assignments of samples to classes whose sizes are prescribed.
+
+    .. math:: Q = \operatorname{diag}(u)\, \exp(S / \epsilon)\, \operatorname{diag}(v)
+
+    In each iteration the columns are scaled to sums in proportion to the shares, then the rows to
+    sums of 1: so rows sum to 1 exactly, and columns nearly to n times their shares. Computed with
+    logarithms, so that no exponential overflows. Carries no gradient.
+
+    Args:
+        scores: S, ``(n, K)``, floating point: similarities of samples to classes. A column of −∞ is
+            an unseen class.
+        shares: part of the samples of each class, ``(K,)``; they need not sum to 1. ``None`` is the
+            same for all.
+        epsilon: ε > 0; a small one makes assignments hard.
+        iterations: number of rounds, at least 1.
+
+    Returns:
+        ``(n, K)`` float32 (float64 for float64 scores): 0 for unseen classes. A sample with a score
+        of NaN or +∞ has NaN throughout and no influence on others.
+
+    Raises:
+        TypeError: if an argument or a dtype is wrong.
+        ValueError: if a shape, a device or a number is wrong.
+
+    Source: Cuturi (arXiv 1306.0895); with shares that of CPSL (arXiv 2203.02983), without that of
+    ProtoSeg (arXiv 2203.15102).
+
+    >>> sinkhorn_assignments(torch.tensor([[1.0, 0.9], [1.0, 0.0]]), epsilon=0.1, iterations=50)
+    tensor([[0.0136, 0.9864],
+            [0.9911, 0.0089]])
+    """
+    check_features(scores, "scores")
+    if scores.ndim != 2:
+        raise ValueError(
+            f"Expected `scores` of shape (n, K), but got {tuple(scores.shape)}. Make rows of maps "
+            "with scores.movedim(1, -1).flatten(0, -2)."
+        )
+    epsilon = check_positive(epsilon, "epsilon")
+    iterations = check_count(iterations, "iterations")
+    log_q = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    valid = (log_q < math.inf).all(dim=1, keepdim=True)
+    log_q = torch.where(valid, log_q, -math.inf)
+    log_shares = torch.zeros_like(log_q[:1])
+    if shares is not None:
+        of_classes = as_per_class(shares, "shares")
+        check_per_class(of_classes, "shares", of_classes, "shares", scores.shape[1])
+        if isinstance(shares, Tensor):
+            check_device(shares, "shares", scores, "scores")
+        log_shares = log_shares + of_classes.to(log_q).log()
+    for _ in range(iterations):
+        log_q = _subtract(log_q, log_q.logsumexp(dim=0, keepdim=True)) + log_shares
+        log_q = _subtract(log_q, log_q.logsumexp(dim=1, keepdim=True))
+    return torch.where(valid, log_q.exp(), math.nan)
 
 
 def combine_pseudo_labels(
@@ -357,6 +422,11 @@ class ProbabilityPseudoLabeler(nn.Module):
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
         return f"min_probability={_shown(self.min_probability)}, ignore_index={self.ignore_index}"
+
+
+def _subtract(logarithms: Tensor, total: Tensor) -> Tensor:
+    """Divide by a total; what has a total of 0 stays 0."""
+    return logarithms - torch.where(total == -math.inf, 0.0, total)
 
 
 def _minimum(value: PerClass, name: str, *, is_ratio: bool) -> Tensor:

@@ -22,15 +22,13 @@ from ._checks import (
     check_same_labels,
 )
 from ._ops.reference import has_float64
+from ._sampling import NO_PRIORITY, join_samples, random_priorities, smallest_of_classes
 from ._state import adopt_shapes, move_buffers, receive_state, sent_state
 from .evaluation import ConfusionMatrix
 
 _EPSILON = 1e-5
 """Added inside of logarithms by the authors of density and information maximization."""
 _ROWS_AT_ONCE = 512
-_PRIORITY_BITS = 40
-_NO_PRIORITY = 2**_PRIORITY_BITS
-"""Greater than any: of an entry without a pixel."""
 
 
 @final
@@ -114,11 +112,11 @@ class SoftNeighborhoodDensity(nn.Module):
         is_finite = pixels.isfinite().all(dim=1)
         classes = torch.where(is_finite, pixels.argmax(dim=1), num_classes)
         # Numbered throughout the stream, so that its division into batches does not matter.
-        priorities = _random_priorities(is_finite.cumsum(0) + self.counts.sum(), self.seed)
-        chosen, found = _smallest(classes, priorities, num_classes, self.pixels_per_class)
+        priorities = random_priorities(is_finite.cumsum(0) + self.counts.sum(), self.seed)
+        chosen, found = smallest_of_classes(classes, priorities, num_classes, self.pixels_per_class)
         if len(pixels) > 0:
             rows = _unit_probabilities(pixels[chosen.flatten()]).view(*chosen.shape, num_classes)
-            of_rows = torch.where(found, priorities[chosen], _NO_PRIORITY)
+            of_rows = torch.where(found, priorities[chosen], NO_PRIORITY)
             self._join(rows, of_rows)
         ones = torch.ones_like(classes)
         self.counts += ones.new_zeros(num_classes + 1).scatter_add_(0, classes, ones)[:-1]
@@ -150,7 +148,7 @@ class SoftNeighborhoodDensity(nn.Module):
             ValueError: if no pixel with finite logits was added.
         """
         dtype = torch.float64 if has_float64(self.rows.device) else torch.float32
-        stored = (self.priorities != _NO_PRIORITY).flatten()
+        stored = (self.priorities != NO_PRIORITY).flatten()
         x = self.rows.flatten(0, 1).to(dtype)[stored]
         if len(x) == 0:
             raise ValueError(
@@ -190,15 +188,13 @@ class SoftNeighborhoodDensity(nn.Module):
         k = self.pixels_per_class
         self.counts = self.counts.new_zeros(num_classes)
         self.rows = self.rows.new_zeros(num_classes, k, num_classes)
-        self.priorities = self.priorities.new_full((num_classes, k), _NO_PRIORITY)
+        self.priorities = self.priorities.new_full((num_classes, k), NO_PRIORITY)
 
     def _join(self, rows: Tensor, priorities: Tensor) -> None:
         """Keep of the stored and the given rows (C, *, C) those of the smallest priorities."""
-        priorities = torch.cat([self.priorities, priorities], dim=1)
-        order = priorities.argsort(dim=1, stable=True)[:, : self.pixels_per_class]
-        rows = torch.cat([self.rows, rows.to(self.rows.dtype)], dim=1)
-        self.rows = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2]))
-        self.priorities = priorities.gather(1, order)
+        self.rows, self.priorities = join_samples(
+            (self.rows, self.priorities), (rows.to(self.rows.dtype), priorities)
+        )
 
     def __getstate__(self) -> dict[str, object]:
         """Return the attributes, by value where a new process is started with them."""
@@ -505,42 +501,6 @@ def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if pixels.dtype == torch.float64 else torch.float32
     probabilities = torch.where(is_finite[:, None], pixels.softmax(dim=1, dtype=dtype), 0.0)
     return probabilities, is_finite
-
-
-def _random_priorities(ordinals: Tensor, seed: int) -> Tensor:
-    """Hash ordinals (P,) to integers below 2⁴⁰: the same on every device (splitmix64)."""
-    x = (ordinals + (seed + 1) * 0x632BE59BD9B4E019 % 2**63) * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _logical_shift(x, shift)) * _signed(factor)
-    return _logical_shift(x ^ _logical_shift(x, 31), 64 - _PRIORITY_BITS)
-
-
-def _signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits
-
-
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
-    return shifted
-
-
-def _smallest(
-    classes: Tensor, priorities: Tensor, num_classes: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Of each class the indices (C, K) of the smallest priorities, and which of them exist.
-
-    By one sort and fixed shapes, so that the host does not wait for the device.
-    """
-    order = ((classes << _PRIORITY_BITS) + priorities).argsort(stable=True)
-    in_order = classes[order]
-    sizes = classes.new_zeros(num_classes + 1)
-    sizes.scatter_add_(0, classes, torch.ones_like(classes))
-    rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[in_order]
-    unused = num_classes * count
-    slots = torch.where((in_order < num_classes) & (rank < count), in_order * count + rank, unused)
-    chosen = order.new_zeros(unused + 1).scatter_(0, slots, order)[:-1]
-    found = torch.arange(count, device=order.device) < sizes[:-1, None]
-    return chosen.view(num_classes, count), found
 
 
 def _unit_probabilities(pixels: Tensor) -> Tensor:

@@ -37,6 +37,17 @@ def make_anchors(network: nn.Module, source: Batches) -> Tensor:
     return anchors.compute()
 
 
+def make_clusters(source: Batches) -> Tensor:
+    clusters = anchorda.AnchorClusters(19, 256, anchors_per_class=4, seed=1)
+    move = torch.tensor(1.0)
+    while move > 0.01:
+        for features, labels in source:
+            clusters.update(features, labels)
+        anchorda.all_reduce(clusters)
+        move = clusters.step()
+    return clusters.compute()
+
+
 def make_discriminant(source: Batches) -> anchorda.LinearDiscriminant:
     covariance = anchorda.WithinClassCovariance(num_classes=19, feature_dim=256)
     variances = anchorda.ClassVariances(num_classes=19, feature_dim=256)
@@ -123,6 +134,8 @@ def train(network: nn.Module, centroids: Tensor, target: Iterable[Tensor]) -> No
         assignments = anchorda.anchor_probabilities(
             features, centroids, similarity="squared", temperature=2.0
         )
+        scores = anchorda.sinkhorn_assignments(logits.flatten(1), shares=[0.5, 0.5], epsilon=0.1)
+        assert_type(scores, Tensor)
         assert_type(anchorda.rectify(logits.softmax(dim=1), assignments), Tensor)
         loss = (
             distance(features, labels, centroids)
