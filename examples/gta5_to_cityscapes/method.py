@@ -46,7 +46,7 @@ class StageSettings:
     margin: str = "coverage:0.2,precision:0.5"
     """Minimum margin of anchor labels: a number for all classes,
     coverage:Q to label that part of each class's pixels on the target,
-    precision:P to have that part of each class's labels right on held-out source images,
+    precision:P to have that part of each class's labels right on the held-out source,
     or several of these, separated by commas, of which the highest counts."""
     probability: Fraction = 0.95
     """Minimum probability of the classifier's labels."""

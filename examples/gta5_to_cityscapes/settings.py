@@ -183,6 +183,8 @@ def _checked(line: Settings) -> Settings:
         )
     for group in settings.groups():
         check_limits(group)
+    run, data, network, warm_up, stages, _ = settings.groups()
+    for group in (run, data, network, warm_up, stages):
         group.check()
     batches = {
         "--warmup-batch": settings.warm_up.warmup_batch,

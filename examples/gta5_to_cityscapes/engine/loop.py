@@ -51,11 +51,8 @@ class TrainingSettings:
     """Iterations between evaluations; a phase ends with the best network.
     0 evaluates no network but the last."""
     best_by: Literal["source", "target"] = "source"
-    """Images whose mIoU tells the best network: held-out source images, or the target's validation
-    split. The released code chose by the target, whose labels have then been used to choose."""
-
-    def check(self) -> None:
-        """Raise a ValueError that names the flags which do not fit together."""
+    """Images whose mIoU tells the best network: held-out ones of the source, or the target's
+    validation split, as in the released code, whose labels have then been used to choose."""
 
     def iterations(self, of_phase: int) -> int:
         """The length of a phase under `max_iterations`."""
