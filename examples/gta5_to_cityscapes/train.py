@@ -93,10 +93,7 @@ class Experiment:
 
 
 def adapt(arguments: list[str] | None = None) -> Path:
-    """Run the experiment of a command line, by default this process's; return its report's folder.
-
-    Baseline, if asked for; warm-up; stages.
-    """
+    """Run the experiment of a command line, by default this process's; the folder of its report."""
     settings = parse_settings(arguments)
     run = Run(settings.run, settings.plain())
     if parallel.is_main():
@@ -123,21 +120,12 @@ def adapt(arguments: list[str] | None = None) -> Path:
         stage, table = train_stage(number, stage, network, experiment, settings.stages)
         tables.append(f"stage {number}\n{table}\n")
     run.records.close()
-    stage = stage or begin_stage(network, data, settings.stages)
 
-    folder = settings.run.output / "report"
+    stage = stage or begin_stage(network, data, settings.stages)
+    networks = {"warm-up": warm, "adapted": network.eval()}
+    folder = write_report(experiment, networks, stage, settings.stages.labels)
     if parallel.is_main():
-        folder.mkdir(exist_ok=True)
-        names = data.classes.names
-        write_text(folder / "iou.txt", iou_table(experiment.scores, data.evaluated, names) + "\n")
         write_text(folder / "anchors.txt", "\n".join(tables))
-        networks = {"warm-up": warm, "adapted": network.eval()}
-        draw_panels(folder, networks, stage, data, settings.stages.labels)
-        save_curves(folder / "curves.png", settings.run.output / "metrics.jsonl")
-        save_label_quality(folder / "label_quality.png", settings.run.output / "metrics.jsonl")
-        centroids = stage.labeler.centroids.cpu()
-        save_anchor_distances(folder / "anchor_distances.png", centroids, names)
-    draw_margins(folder, stage, data)
     return folder
 
 
@@ -200,12 +188,8 @@ def train_stage(
     settings: StageSettings,
 ) -> tuple[Stage, str]:
     """Label the target anew and train on both domains; the stage and a table of its anchors."""
-    name, data, run, training = (
-        f"stage {number}",
-        experiment.data,
-        experiment.run,
-        experiment.training,
-    )
+    name, training = f"stage {number}", experiment.training
+    data, run = experiment.data, experiment.run
     held = run.held(name)
     if held is None:
         stage = begin_stage(network, data, settings)
@@ -263,7 +247,26 @@ def anchor_table(stage: Stage, previous: Stage | None, names: Sequence[str]) -> 
     return health.table(names)
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------ report
+
+
+def write_report(
+    experiment: Experiment, networks: Mapping[str, Segmenter], stage: Stage, kinds: str
+) -> Path:
+    """Write the table and the pictures by which a person judges a run, and return their folder."""
+    run, data = experiment.run, experiment.data
+    folder, metrics = run.settings.output / "report", run.settings.output / "metrics.jsonl"
+    names = data.classes.names
+    if parallel.is_main():
+        folder.mkdir(exist_ok=True)
+        write_text(folder / "iou.txt", iou_table(experiment.scores, data.evaluated, names) + "\n")
+        draw_panels(folder, networks, stage, data, kinds)
+        save_curves(folder / "curves.png", metrics)
+        save_label_quality(folder / "label_quality.png", metrics)
+        centroids = stage.labeler.centroids.cpu()
+        save_anchor_distances(folder / "anchor_distances.png", centroids, names)
+    draw_margins(folder, stage, data)
+    return folder
 
 
 def draw_panels(
