@@ -264,7 +264,7 @@ class _Files(NamedTuple):
     found: dict[str, Path]
     """By name: the path below the folder, without suffix and ending."""
     faults: dict[str, str]
-    """What is wrong, by name."""
+    """Files that cannot be used: an error message by name."""
 
 
 class _Part(NamedTuple):
@@ -628,11 +628,11 @@ class ResizeAndCrop:
     """The geometric part of reading: scale to a height, then crop and flip at random.
 
     Args:
-        resize: What the whole image is scaled to, keeping its aspect ratio: "height:144", or
-            "width:2200".
+        resize: Height or width of the scaled image, "height:144" or "width:2200"; its aspect ratio
+            stays.
         crop: Height and width of the random crop; an image too narrow for it is scaled further,
             until it covers the crop. None keeps the whole image, its label at the original size.
-        flip: Whether to mirror half of the samples.
+        flip: Mirror half of the samples.
     """
 
     resize: str
