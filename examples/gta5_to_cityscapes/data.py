@@ -1,6 +1,7 @@
 """The two domains: settings, splits, class weights, augmentation.
 
-To train on a data set of your own, write its reader in `readers.py` and choose it in `open_data`.
+Folders of your own need no code: see `--source-format folder`. For another format, write its reader
+in `readers.py` and choose it in `open_data`.
 """
 
 import json

@@ -28,9 +28,9 @@ def check_device(name: str) -> None:
         devices = ["cpu"]
         devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         devices += ["mps"] if torch.backends.mps.is_available() else []
-        reason = str(error).splitlines()[0]
+        reason = str(error).split(". ")[0].splitlines()[0]
         raise ValueError(
-            f"--device: expected one of {', '.join(devices)} here, but got {name!r} ({reason})"
+            f"--device: expected one of {', '.join(devices)} here, but got {name!r}: {reason[:99]}"
         ) from error
 
 
