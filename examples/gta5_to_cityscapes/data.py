@@ -136,6 +136,11 @@ def open_data(settings: DataSettings, loading: Loading) -> Data:
     pairs, held_out = pairs[:-tenth] or pairs, pairs[-tenth:]
     counts = count_labels(pairs, classes)
     _say(f"source: {len(pairs)} images; {counts.describe(classes.names)}")
+    if int(counts.classes.count_nonzero()) < 2:
+        raise DatasetError(
+            f"Expected two classes or more in the labels of {settings.source}, but there is one. "
+            "Check their ids, and the list of classes."
+        )
     _say(f"target: {len(target_images)} images")
     if evaluation:
         known = count_labels(evaluation, classes).describe(classes.names)

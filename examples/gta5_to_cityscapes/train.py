@@ -101,6 +101,8 @@ def adapt(arguments: list[str] | None = None) -> Path:
     data_settings = folders(settings.data, run)
     data = open_data(data_settings, run.loading)
     check_content(data, data_settings, settings.run.output / "data.json", settings.run.resume)
+    if settings.training.best_by == "target" and len(data.evaluation) == 0:
+        raise DatasetError("--best-by target needs images of the target with labels.")
     experiment = Experiment(run, data, settings.training)
     initial_network = partial(
         new_network, settings.network, settings.run.seed, run.device, len(data.classes)

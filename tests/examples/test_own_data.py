@@ -98,6 +98,8 @@ def test_a_run_on_own_classes(own: Path, finished: Path, tmp_path: Path) -> None
 def test_a_target_without_labels(own: Path, tmp_path: Path) -> None:
     shutil.copytree(own, tmp_path / "own")
     shutil.rmtree(tmp_path / "own" / "target" / "labels")
+    with pytest.raises(DatasetError, match="--best-by target needs"):
+        train.adapt(flags_of(tmp_path / "own", tmp_path / "run", "--best-by", "target"))
     report = train.adapt(flags_of(tmp_path / "own", tmp_path / "run"))
     assert (report / "panels.png").is_file()
     assert (report / "iou.txt").read_text().split()[-2:] == ["–", "–"]
@@ -147,6 +149,13 @@ def test_bad_files_are_left_out_when_asked_for(own: Path, tmp_path: Path) -> Non
         train.adapt([*flags, "--skip-bad"])
     said = [str(warning.message).splitlines()[0] for warning in warned]
     assert said == ["1 of 6 pairs are left out:", "1 of 5 images are left out:"]
+
+
+def test_a_source_of_one_class(own: Path, tmp_path: Path) -> None:
+    shutil.copytree(own, tmp_path / "own")
+    (tmp_path / "own" / "classes.txt").write_text("soil: 11\nroad: 7\nroof: 8")
+    with pytest.raises(DatasetError, match=r"two classes or more in the labels of .*source"):
+        train.adapt(flags_of(tmp_path / "own", tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
