@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import parallel
 from augment import photometric
 from classes import STREET, SYNTHIA_16, Classes, read_classes
-from engine import parallel
 from engine.files import write_text
 from readers import (
     DatasetError,

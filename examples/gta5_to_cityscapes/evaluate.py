@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import parallel
 import torch
 import tyro
 from classes import IGNORE, NUM_CLASSES, STREET, SYNTHIA_13, SYNTHIA_16, Classes
-from engine import parallel
 from engine.files import load_finished, write_atomically, write_text
 from image_files import read_header
 from networks.build import build_network

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import parallel
 import torch
 import torch.nn.functional as F
 from classes import IGNORE
 from data import Data
-from engine import parallel
 from engine.loop import Batch, Term
 from limits import Count, Fraction, Positive, Weight
 from networks.segmenter import Segmenter, enlarge, segment

@@ -21,7 +21,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from classes import CLASSES, IGNORE, RAW_IDS, STREET, SYNTHIA_IDS, Classes, LabelIds
-from engine.parallel import is_main
 from image_files import (
     RGB_16,
     SUFFIXES,
@@ -35,6 +34,7 @@ from image_files import (
     DatasetError as DatasetError,
 )
 from numpy.typing import NDArray
+from parallel import is_main
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset

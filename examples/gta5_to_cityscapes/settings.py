@@ -15,10 +15,10 @@ from dataclasses import field
 from pathlib import Path
 from typing import NoReturn
 
+import parallel
 import torch
 import tyro
 from data import DataSettings
-from engine import parallel
 from engine.files import write_text
 from engine.loop import TrainingSettings
 from engine.run import RunSettings

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import parallel
 import torch
 from data import Data, DataSettings, check_content, open_data
-from engine import parallel
 from engine.files import load_finished, write_text
 from engine.loop import Losses, Phase, TrainingSettings, make_optimizer, scheduled, train
 from engine.run import ResumeError, Run

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+import parallel
 import pytest
 import torch
-from engine import parallel
 from readers import DatasetError, ResizeAndCrop, UnlabeledImages
 from streams import Loading, RandomStream, each_once, numbers, seed_of
 from synthetic import write_synthetic_pair

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import parallel
 import torch
 from limits import Count, Fraction, Positive, Weight
 from networks.segmenter import Segmenter
@@ -23,7 +24,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from engine import parallel
 from engine.records import Records
 from engine.run import Run
 

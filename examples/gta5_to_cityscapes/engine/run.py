@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import parallel
 import torch
 from limits import Count, Positive
 from streams import Loading
 
-from engine import parallel
 from engine.files import load_checkpoint, save_checkpoint
 from engine.records import Records
 
