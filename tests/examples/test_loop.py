@@ -75,8 +75,10 @@ def phase_of(
 
 
 def trained(phase: Phase, run: Run, **settings: Any) -> Tensor:  # noqa: ANN401
-    train(phase, TrainingSettings(**settings), run)
-    run.records.close()
+    try:
+        train(phase, TrainingSettings(**settings), run)
+    finally:
+        run.records.close()
     network = phase.networks["network"]
     assert isinstance(network, Line)
     return network.weight.detach().clone()
