@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,12 +82,28 @@ def read_classes(path: Path) -> Classes:
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """Return the image files of a folder by their stems."""
-    return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES}
+    """Return the image files of a folder by their stems.
+
+    Raises:
+        DataError: if two files have one stem.
+    """
+    files = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES]
+    images = {path.stem: path for path in files}
+    if twice := [path.name for path in files if images[path.stem] != path]:
+        raise DataError(f"{folder}: expected one file of each name, but {twice} have another.")
+    return images
+
+
+def read_image(path: Path) -> Image.Image:
+    """Return an image in RGB, turned as its camera says."""
+    with Image.open(path) as file:
+        return ImageOps.exif_transpose(file).convert("RGB")
 
 
 def read_ids(path: Path, size: tuple[int, int]) -> NDArray[np.int64]:
     """Return the class ids (H, W) of a gray or palette file that is as large as its image."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise DataError("the label is a JPEG, which changes class ids; write labels as PNG")
     with Image.open(path) as file:
         ids = np.asarray(file).astype(np.int64)
     if ids.shape[1::-1] != size:
@@ -117,8 +133,7 @@ def read_domain(
     pixels, problems = Counter[int](), ""
     for number, (path, label) in enumerate(tqdm(pairs, f"reading the {name}", leave=False)):
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
+            image = read_image(path)
             resized = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
             images[number] = torch.from_numpy(resized).permute(2, 0, 1)
             if label is not None:
@@ -212,8 +227,7 @@ def write_masks(
     files = list_images(folder)
     images = read_domain("images", [(path, None) for path in files.values()], classes, size)
     for (stem, path), (image, _) in zip(files.items(), images.batches(1, "cpu"), strict=True):
-        with Image.open(path) as file:
-            width, height = file.size
+        width, height = read_image(path).size
         mask = Image.fromarray(ids[predict(image, (height, width))[0].cpu().numpy()])
         save(output / f"{stem}.png", mask.save)
     print(f"{len(files)} masks are in {output}.")

@@ -47,7 +47,7 @@ class Options:
     network: str = ""  # `module:function`, a network in place of `LightNetwork`.
     labels: Literal["teacher", "agree"] = "teacher"  # All labels, or where the anchors agree.
     control: bool = False  # Also train as many steps on the source alone, to compare with.
-    warmup_iterations: int = 240  # Steps of the warm-up, at most.
+    warmup_iterations: int = 360  # Steps of the warm-up, at most.
     stages: int = 3  # Rounds of labeling the target and training on it.
     stage_iterations: int = 60  # Steps of a stage.
     batch: int = 4  # Images of each domain in a step.

@@ -1,11 +1,13 @@
 """The benchmarks accept right answers, refuse wrong ones, and write down what they promise."""
 
 import csv
+import math
 import re
 import sys
 from pathlib import Path
 
 import operators
+import own_images
 import pytest
 import startup
 import step
@@ -156,3 +158,35 @@ def test_the_step_by_hand_is_the_example_s(monkeypatch: pytest.MonkeyPatch) -> N
 def test_startup_measures_each_statement_in_a_fresh_interpreter() -> None:
     first, second = startup.milliseconds("import json", "assert json")
     assert min(first, second) > 0
+
+
+def test_own_images_tables_and_layout(tmp_path: Path) -> None:
+    runs: list[own_images.Scores] = [
+        {
+            "source only": {"road": 0.5, "moon": math.nan, "mean": 0.5},
+            "control": {"road": 0.52 + seed / 100, "moon": math.nan, "mean": 0.52 + seed / 100},
+            "adapted": {"road": 0.6, "moon": math.nan, "mean": 0.6},
+        }
+        for seed in range(2)
+    ]
+    table = own_images.tables("day", runs, [0, 1])
+    assert "| control | 52.0 | 53.0 | **52.5** ± 0.7 |" in table
+    assert "| adapted − control | +8.0 | +7.0 | **+7.5** ± 0.7 |" in table
+    assert "| moon | – | – | – |" in table
+
+    for name in ("source/images/1.png", "source/labels/1.png", "target/gtFine/train/a/no.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    for split in ("train", "val"):
+        for kind, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            path = tmp_path / "in" / "target" / kind / split / "dusk" / f"dusk_1_{ending}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    own_images.lay_out(tmp_path / "in", tmp_path / "out")
+    own_images.lay_out(tmp_path / "in", tmp_path / "out")  # once more
+    found = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
+    assert sorted(map(str, found)) == [
+        *("source/images/1.png", "source/labels/1.png"),
+        *("target/images/train_dusk_1.png", "target/images/val_dusk_1.png"),
+        "target/labels/val_dusk_1.png",  # those of the images to adapt to stay away
+    ]

@@ -134,11 +134,14 @@ def test_all_that_cannot_be_used_is_named_before_training(options: Options, tmp_
     Image.new("L", (20, 30)).save(source / "labels" / "small.png")
     (source / "images" / "torn.png").write_bytes(b"no image")
     (source / "labels" / "torn.png").write_bytes(b"no image")
+    write(source, "lossy")
+    (source / "labels" / "lossy.png").rename(source / "labels" / "lossy.jpg")
     with pytest.raises(DataError) as caught:
         open_data(options)
-    message = str(caught.value)
-    assert "color.png: the label is a color image" in message or "color.jpg" in message
-    assert all(stem in message for stem in ("color", "small", "torn"))
+    problems = {line.split(": ")[0].strip(): line for line in str(caught.value).splitlines()[1:]}
+    assert [Path(name).stem for name in problems] == ["color", "lossy", "small", "torn"]
+    for stem, said in {"color": "color image", "lossy": "JPEG", "small": "20×30"}.items():
+        assert said in problems[str(source / "images" / f"{stem}.jpg")]
     with pytest.raises(SystemExit, match="torn"):
         segmentation.main(arguments(options))
 
@@ -199,6 +202,19 @@ def test_classes_on_one_side_and_labels_of_a_whole_target(
     assert (data.target.labels == 255).all()
     assert len(data.target.images) == 4
     assert 5 not in data.evaluation.labels
+
+
+def test_one_stem_twice_and_photographs_that_lie_on_their_side(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    write(tmp_path, "a", size=(60, 80))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a quarter turn
+    with Image.open(folder / "a.jpg") as file:
+        file.save(folder / "a.jpg", exif=turned)
+    assert image_folders.read_image(folder / "a.jpg").size == (60, 80)
+    write(tmp_path, "a", image="png")
+    with pytest.raises(DataError, match=r"\['a.jpg'\] have another"):
+        image_folders.list_images(folder)
 
 
 def test_one_image_each_and_no_labels_in_the_target(

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import synthetic
 from classes import CLASSES, IGNORE, NUM_CLASSES, SYNTHIA_16, train_ids
+from folders import write_folders
 from image_files import read_first_channel
+from image_folders import open_data, read_classes
 from numpy.typing import NDArray
 from PIL import Image
 from readers import (
@@ -179,3 +181,17 @@ def test_foreign_data_is_never_removed(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"source exists .* Choose another folder"):
         _write(tmp_path)
     assert precious.read_bytes() == b"precious"
+
+
+def test_folders_are_what_the_class_list_says(tmp_path: Path) -> None:
+    write_folders(tmp_path, images=(3, 2, 2), height=48)
+    classes = read_classes(tmp_path / "classes.txt")
+    data = open_data(tmp_path / "source", tmp_path / "target", tmp_path / "classes.txt", (48, 64))
+    counts = [len(data.source.images) + len(data.held_out.images), len(data.target.images)]
+    assert [*counts, len(data.evaluation.images)] == [3, 2, 2]
+    assert len(classes) == 12
+    assert len(data.source.labels.unique()) > 6
+    assert len(list((tmp_path / "target" / "labels").iterdir())) == 2  # no label to adapt with
+    before = _digests(tmp_path)
+    write_folders(tmp_path, images=(9, 9, 9))  # complete
+    assert _digests(tmp_path) == before
