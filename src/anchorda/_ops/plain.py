@@ -1,7 +1,8 @@
 """Operators with one implementation for every device: in plain torch, block by block.
 
-As in `reference`, what is multiplied is computed in float64, nothing of the size of the features is
-materialized, and nothing looks at a value.
+As in `reference`, nothing of the size of the features is materialized, and no value is read.
+Sums over pixels are in float64. Products of one pixel lose nothing by cancellation, other than
+distances that are multiplied out, so they are in float32 (float64 for float64 features).
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ def quadratic_forms(features: Tensor, linear: Tensor, squared: Tensor) -> Tensor
     ``linear`` is (K, D). ``squared`` is (J, D) with J ≤ K and belongs to the last J functions, so
     that products alone, J = 0, do not pay for squares.
     """
-    maps, dtype, scratch = matrices(features), _wide_dtype(features), Scratch(features.device)
+    maps, dtype, scratch = matrices(features), result_dtype(features), Scratch(features.device)
     linear, squared = linear.to(dtype), squared.to(dtype)
     forms = _new_map(features, len(linear))
     for block in blocks(maps, dtype, len(linear)):
@@ -52,7 +53,7 @@ def quadratic_forms_backward(
     grad_forms: Tensor, features: Tensor, linear: Tensor, squared: Tensor
 ) -> Tensor:
     """Sum over the functions of ``grad · (l + 2 q · x)``, 0 where all of a pixel's ``grad`` are."""
-    maps, dtype, scratch = matrices(features), _wide_dtype(features), Scratch(features.device)
+    maps, dtype, scratch = matrices(features), result_dtype(features), Scratch(features.device)
     linear, squared = linear.T.to(dtype), 2 * squared.T.to(dtype)
     grad, of_forms = new_gradient(features), matrices(grad_forms)
     for block in blocks(maps, dtype, linear.shape[0]):
@@ -165,7 +166,8 @@ def scatter(features: Tensor, labels: Tensor, means: Tensor, shared: bool) -> Te
     classes = torch.arange(num_classes, device=features.device)[:, None]
     means = means.to(dtype)
     total = means.new_zeros(channels if shared else num_classes, channels)
-    for block in blocks(maps, dtype, num_classes + channels):
+    # One tile is one product of all pixels of the block.
+    for block in blocks(maps, dtype, num_classes + channels, one_tile=True):
         y = labels_at(targets, block)
         summed = (y >= 0) & (y < num_classes) & _finite(maps, block, scratch)
         y = torch.where(summed, y, 0)
