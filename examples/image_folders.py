@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
+
+from anchorda.plots import class_colors, plot_labels
 
 IGNORE, MAX_ID = 255, 65535
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -240,18 +241,19 @@ def draw_pictures(domain: Domain, predictors: Mapping[str, Predictor], classes: 
     columns = {"image": images.permute(0, 2, 3, 1)}
     columns |= {name: predict(images) for name, predict in predictors.items()}
     columns |= {"truth": labels} if (labels != IGNORE).any() else {}
-    palette = np.zeros((256, 3))
-    palette[: len(classes)] = colormaps["tab20"](np.arange(len(classes)) % 20)[:, :3]
     rows, height, width = labels.shape
     size = 3.2 * len(columns), 3.2 * rows * height / width + 0.8
-    figure = Figure(size, layout="constrained")
+    figure, colors = Figure(size, layout="constrained"), class_colors(len(classes))
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, maps) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title)
-        for axis, shown in zip(column, maps.cpu().numpy(), strict=True):
-            axis.imshow(shown if shown.ndim == 3 else palette[shown])
-            axis.set_axis_off()
-    handles = [Patch(color=palette[i], label=name) for i, name in enumerate(classes)]
+        for axis, shown in zip(column, maps.cpu(), strict=True):
+            if title == "image":
+                axis.imshow(shown)
+                axis.set_axis_off()
+            else:
+                plot_labels(axis, shown, colors=colors)
+    handles = [Patch(color=color, label=c) for c, color in zip(classes, colors, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(columns))
     return figure
 
