@@ -30,6 +30,8 @@ _STRANGERS = {
     b"GIF8": "a GIF image",
     b"RIFF": "a WebP image",
     b"\x93NUMPY": "a NumPy array",
+    b"\x89PNG": "a damaged PNG",
+    b"\xff\xd8": "a damaged JPEG",
 }
 
 

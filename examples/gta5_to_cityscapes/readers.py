@@ -309,7 +309,10 @@ class _Part(NamedTuple):
             return _lines("No file is usable:", [*faults.values()])
         if self.folder.is_dir():
             wanted = self.folder / f"{self.pattern}{self.ending}.png"
-            problem = f"Expected images {wanted}, but {_describe(self.folder)}."
+            folders = [self.folder]
+            if self.pattern != "*":
+                folders += [path for path in sorted(self.folder.iterdir()) if path.is_dir()][:1]
+            problem = f"Expected images {wanted}, but {', and '.join(map(_describe, folders))}."
         else:
             parent = next(parent for parent in self.folder.parents if parent.is_dir())
             problem = f"Expected the folder {self.folder}, but {_describe(parent)}."

@@ -188,7 +188,8 @@ def test_folder_without_images(cityscapes: Path) -> None:
         image.unlink()
     message = _message(lambda: cityscapes_pairs(cityscapes, "val"))
     assert "*_leftImg8bit.png" in message
-    assert "val holds bonn" in message
+    assert "val holds bonn, and" in message
+    assert "bonn is empty" in message
 
 
 def test_validation_needs_labels(cityscapes: Path) -> None:
