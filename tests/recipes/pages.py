@@ -1,5 +1,6 @@
 """The recipes' pages: their Python runs with the names of a stand-in, block by block."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,18 @@ from tests.readme_blocks import python_blocks
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 
 
-def run_block(page: str, number: int, names: dict[str, Any]) -> None:
-    """Run one Python block of a page; what it reads and what it defines is in ``names``."""
+def run_block(
+    page: str, number: int, names: dict[str, Any], edits: Mapping[str, str] | None = None
+) -> None:
+    """Run one Python block of a page; what it reads and what it defines is in ``names``.
+
+    ``edits`` are replacements that the page's text asks for, made before.
+    """
     path = RECIPES / page
-    exec(compile(python_blocks(path)[number], str(path), "exec"), names)
+    block = python_blocks(path)[number]
+    for old, new in (edits or {}).items():
+        block = block.replace(old, new)
+    exec(compile(block, str(path), "exec"), names)
 
 
 def code_lines(block: str) -> int:

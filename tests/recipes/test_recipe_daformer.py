@@ -1,7 +1,14 @@
-"""The DAFormer page, with a segmentor and a DACS of mmseg's shapes, dtypes and signatures."""
+"""The page of DAFormer, HRDA and MIC, its lines inside of a step with what surrounds them there.
 
-from collections.abc import Sequence
-from typing import Any
+The stand-in has the shapes, signatures and order of the real `DACS.forward_train`: a teacher whose
+parameters alone are averaged and which stays in train mode with dropout off, class mixing, weights
+with rows of zeros, two backward passes, and data in pairs inside of DataContainers.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -9,68 +16,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import anchorda
 from tests import oracles
-from tests.oracles import flat, rows
-from tests.recipes.pages import run_block
+from tests.oracles import Array, Labels, flat, rows
+from tests.recipes.pages import RECIPES, run_block
 
-NUM_CLASSES, CHANNELS, STRIDES = 19, 256, (4, 8, 16, 32)
 PAGE = "daformer.md"
+NUM_CLASSES, CHANNELS, SIZE = 6, 5, 32
+HOOD, SKY = 8, 3
 Metas = Sequence[dict[str, Any]]
 
 
-class DecodeHead(nn.Module):
-    """`DAFormerHead` with embeddings and a fusion of one convolution each."""
+class DAFormerHead(nn.Module):
+    """Fusion with batch normalization, dropout, classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.embed_layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in STRIDES)
-        self.fuse_layer = nn.Sequential(nn.Conv2d(8 * len(STRIDES), CHANNELS, 1), nn.ReLU())
+        self.fuse_layer = nn.Sequential(
+            nn.Conv2d(8, channels, 1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
         self.dropout = nn.Dropout2d(0.1)
-        self.conv_seg = nn.Conv2d(CHANNELS, NUM_CLASSES, 1)
-        self.align_corners, self.ignore_index = False, 255
+        self.conv_seg = nn.Conv2d(channels, NUM_CLASSES, 1)
 
-    def forward(self, inputs: list[Tensor]) -> Tensor:  # noqa: D102
-        embedded = [
-            F.interpolate(layer(x), inputs[0].shape[2:], mode="bilinear", align_corners=False)
-            for layer, x in zip(self.embed_layers, inputs, strict=True)
-        ]
-        features = self.fuse_layer(torch.cat(embedded, dim=1))
-        logits: Tensor = self.conv_seg(self.dropout(features))
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        logits: Tensor = self.conv_seg(self.dropout(self.fuse_layer(x)))
         return logits
 
-    def forward_train(  # noqa: D102
-        self,
-        inputs: list[Tensor],
-        img_metas: Metas,
-        gt_semantic_seg: Tensor,
-        train_cfg: None,
-        seg_weight: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        logits = F.interpolate(
-            self(inputs), gt_semantic_seg.shape[2:], mode="bilinear", align_corners=False
-        )
-        labels = gt_semantic_seg.squeeze(1)
-        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=self.ignore_index)
-        if seg_weight is not None:
-            losses = losses * seg_weight.float()
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        return {"loss_seg": losses.mean(), "acc_seg": accuracy}
 
+class HRDAHead(nn.Module):
+    """One head for the context and the detail crop, of the same shape."""
 
-class EncoderDecoder(nn.Module):
-    """The segmentor: a backbone of four maps, and the head."""
-
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.backbone = nn.ModuleList(nn.Conv2d(3, 8, stride, stride) for stride in STRIDES)
-        self.decode_head = DecodeHead()
+        self.head = DAFormerHead(channels)
 
-    def extract_feat(self, img: Tensor) -> list[Tensor]:  # noqa: D102
-        return [layer(img) for layer in self.backbone]
+    def forward(self, inputs: list[Tensor]) -> Tensor:  # noqa: D102
+        context, detail = (self.head(x) for x in inputs)
+        return F.interpolate(context, scale_factor=2) + 0.1 * F.pad(detail, (0, 4, 4, 0))
 
-    def encode_decode(self, img: Tensor, img_metas: Metas) -> Tensor:  # noqa: D102
-        logits = self.decode_head(self.extract_feat(img))
-        return F.interpolate(logits, img.shape[2:], mode="bilinear", align_corners=False)
+
+class Segmentor(nn.Module):
+    """`EncoderDecoder`, or `HRDAEncoderDecoder` with its context at half of the resolution."""
+
+    def __init__(self, hrda: bool) -> None:
+        super().__init__()
+        # The dropout stands for the DropPath of the encoder.
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Dropout(0.2))
+        self.hrda, self.seen = hrda, list[Tensor]()
+        self.decode_head: HRDAHead | DAFormerHead = (
+            HRDAHead(CHANNELS) if hrda else DAFormerHead(CHANNELS)
+        )
+
+    def head(self) -> DAFormerHead:
+        """The head that ends in the classifier."""
+        head = self.decode_head
+        return head.head if isinstance(head, HRDAHead) else head
+
+    def logits(self, img: Tensor) -> Tensor:  # noqa: D102
+        self.seen.append(img)
+        size = img.shape[2:]
+        if not self.hrda:
+            x = self.backbone(img)
+        else:
+            crop = img[:, :, size[0] // 2 :, : size[1] // 2]
+            x = [self.backbone(F.interpolate(img, scale_factor=0.5)), self.backbone(crop)]
+        return F.interpolate(self.decode_head(x), size, mode="bilinear")
+
+    def encode_decode(self, img: Tensor, img_metas: Metas | None) -> Tensor:  # noqa: D102
+        assert not (self.hrda and self.training), "HRDA and MIC call generate_pseudo_label"
+        return self.logits(img)
+
+    def generate_pseudo_label(self, img: Tensor, img_metas: Metas) -> Tensor:  # noqa: D102
+        assert self.hrda, "not in DAFormer"
+        return self.logits(img)
 
     def forward_train(  # noqa: D102
         self,
@@ -80,185 +98,442 @@ class EncoderDecoder(nn.Module):
         seg_weight: Tensor | None = None,
         return_feat: bool = False,
     ) -> dict[str, Any]:
-        x = self.extract_feat(img)
-        losses: dict[str, Any] = {"features": x} if return_feat else {}
-        decoded = self.decode_head.forward_train(x, img_metas, gt_semantic_seg, None, seg_weight)
-        losses.update({f"decode.{name}": value for name, value in decoded.items()})
-        return losses
+        losses = F.cross_entropy(
+            self.logits(img), gt_semantic_seg.squeeze(1), reduction="none", ignore_index=255
+        )
+        if seg_weight is not None:
+            losses = losses * seg_weight
+        features = {"features": [self.backbone(img)]} if return_feat else {}
+        return {**features, "decode.loss_seg": losses.mean(), "decode.acc_seg": losses.new_ones(1)}
 
 
-class DACS:
-    """What `forward_train` reaches through ``self``."""
+class Call(NamedTuple):
+    """What the fusion layer of one of the models returned."""
 
-    def __init__(self) -> None:
-        self.model, self.ema_model = EncoderDecoder(), EncoderDecoder()
-        self.ema_model.requires_grad_(False)
-        self.ema_model.load_state_dict(self.model.state_dict())  # as in its first `forward_train`
+    model: str
+    features: Tensor
 
-    def get_model(self) -> EncoderDecoder:  # noqa: D102
+
+class DACS(nn.Module):
+    """The order of `forward_train`; at five places the lines of the page."""
+
+    anchors: anchorda.CategoryAnchors
+    fdist_classes: list[int]
+
+    def __init__(self, codebase: "Codebase", **cfg: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.num_classes = cfg["model"]["decode_head"]["num_classes"]
+        self.codebase, self.local_iter = codebase, 0
+        hrda = cfg["model"]["type"] == "HRDAEncoderDecoder"
+        self.model, self.ema_model, self.imnet_model = (Segmentor(hrda) for _ in range(3))
+        self.names: dict[str, Any] = {"self": self, "cfg": cfg, "anchorda": anchorda, "F": F}
+        self.names["torch"] = torch
+        run_block(PAGE, 0, self.names)
+        if hrda:
+            self.names["contextlib"] = __import__("contextlib")
+            run_block(PAGE, 6, self.names)
+        self.calls = list[Call]()
+        for name, model in (("student", self.model), ("teacher", self.ema_model)):
+            model.head().fuse_layer.register_forward_hook(self._recorder(name))
+        self.parsed = list[dict[str, float]]()
+
+    def _recorder(self, name: str) -> Any:  # noqa: ANN401
+        def record(_: nn.Module, __: object, output: Tensor) -> None:
+            self.calls.append(Call(name, output.detach().clone()))
+
+        return record
+
+    def get_model(self) -> Segmentor:  # noqa: D102
         return self.model
 
-    def get_ema_model(self) -> EncoderDecoder:  # noqa: D102
+    def get_ema_model(self) -> Segmentor:  # noqa: D102
         return self.ema_model
 
-    def _parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        loss = torch.stack([value for key, value in losses.items() if "loss" in key]).sum()
-        return loss, {key: value.item() for key, value in losses.items()}
+    def _update_ema(self) -> None:
+        alpha = min(1 - 1 / (self.local_iter + 1), 0.9)
+        for old, new in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
+            old.detach_()
+            old.data = alpha * old.data + (1 - alpha) * new.data
+
+    def _parse_losses(self, losses: dict[str, Tensor]) -> Tensor:
+        self.parsed.append({name: value.item() for name, value in losses.items()})
+        return torch.stack([value for name, value in losses.items() if "loss" in name]).sum()
+
+    def forward_train(
+        self,
+        img: Tensor,
+        img_metas: Metas,
+        gt_semantic_seg: Tensor,
+        target_img: Tensor,
+        target_img_metas: Metas,
+    ) -> None:
+        """One step."""
+        self._update_ema()
+        names = self.names
+        names |= {key: value for key, value in locals().items() if key != "names"}
+        run_block(PAGE, 1, names, self.codebase.edits(2))
+        names["clean_losses"].pop("features")
+        self._parse_losses(names["clean_losses"]).backward(retain_graph=True)
+        for module in self.ema_model.modules():
+            if isinstance(module, nn.Dropout | nn.Dropout2d):
+                module.training = False
+        run_block(PAGE, 2, names, self.codebase.edits(3))
+        probability, pseudo_label = torch.softmax(names["ema_logits"].detach(), dim=1).max(dim=1)
+        weight = (probability >= 0.4).float().mean() * torch.ones_like(probability)
+        weight[:, :SKY] = 0
+        weight[:, -HOOD:] = 0
+        names["pseudo_label"], names["pseudo_weight"] = pseudo_label, weight
+        # Pixels of half of the source's classes over the target; of the source they weigh 1.
+        mask = torch.isin(gt_semantic_seg, torch.arange(0, NUM_CLASSES, 2))
+        names["mixed_img"] = torch.where(mask, img, target_img)
+        names["mixed_lbl"] = torch.where(mask, gt_semantic_seg, pseudo_label.unsqueeze(1))
+        names[self.codebase.weights] = torch.where(mask.squeeze(1), 1.0, weight)
+        run_block(PAGE, 3, names, self.codebase.edits(4))
+        names["mix_losses"].pop("features", None)
+        self._parse_losses(names["mix_losses"]).backward()
+        self.local_iter += 1
 
 
-def draw_labels(*shape: int) -> Tensor:
-    """Patches of 8 × 8 pixels, so that most cells of stride 4 have a majority; some ignored."""
-    patches = torch.randint(NUM_CLASSES + 2, (*shape[:2], shape[2] // 8, shape[3] // 8))
+class Codebase(NamedTuple):
+    """Which of the three, and what its column of the page's table replaces."""
+
+    model: str
+    weights: str
+    rows: list[tuple[str, str, str]]
+
+    def edits(self, place: int) -> dict[str, str]:
+        """The replacements in the lines of that number."""
+        pairs = {}
+        for old, only_in, new in self.rows:
+            if not only_in or int(only_in) == place:
+                # Whatever X is.
+                for who in ("student", "teacher", "network") if "X." in old else ("",):
+                    pairs[old.replace("X.", f"{who}.")] = new.replace("X.", f"{who}.")
+        return pairs
+
+
+def column(number: int, name: str) -> list[tuple[str, str, str]]:
+    """What a column of the page's table replaces: what, in which lines, by what."""
+    page = (RECIPES / PAGE).read_text(encoding="utf-8")
+    found = []
+    for old, place, *cells in re.findall(
+        r"^\| `(.+?)`(?: in (\d))? \| (.+?) \| (.+?) \|$", page, re.MULTILINE
+    ):
+        cell = cells[number]
+        if f"{name}: " in cell:
+            cell = cell.split(f"{name}: ")[1].split(";")[0]
+        if "as above" not in cell:
+            found.append((old, place, cell.strip("`")))
+    return found
+
+
+CODEBASES = {
+    "DAFormer": Codebase("EncoderDecoder", "pseudo_weight", []),
+    "HRDA": Codebase("HRDAEncoderDecoder", "pseudo_weight", column(0, "HRDA")),
+    "MIC": Codebase("HRDAEncoderDecoder", "mixed_seg_weight", column(0, "MIC")),
+}
+
+
+def draw_labels() -> Tensor:
+    """Patches of 8 × 8, so that cells of stride 4 and 8 have a majority; some ignored."""
+    patches = torch.randint(NUM_CLASSES, (2, 1, SIZE // 8, SIZE // 8))
+    patches[torch.rand(patches.shape) < 0.1] = 255
     labels = patches.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-    labels[:, :, :3] = torch.randint(NUM_CLASSES, labels[:, :, :3].shape)
-    return torch.where(labels < NUM_CLASSES, labels, 255)
+    labels[:, :, :2] = torch.randint(NUM_CLASSES, labels[:, :, :2].shape)
+    labels[labels == NUM_CLASSES - 1] = 1  # The last class is never seen.
+    return labels
 
 
-def features_of(model: EncoderDecoder, img: Tensor) -> Tensor:
-    """By hand: what the head's fusion returns."""
-    embedded = [
-        F.interpolate(layer(x), scale_factor=s / 4, mode="bilinear", align_corners=False)
-        for layer, x, s in zip(
-            model.decode_head.embed_layers, model.extract_feat(img), STRIDES, strict=True
+class Step(NamedTuple):
+    """What went into a step and what came out."""
+
+    img: Tensor
+    labels: Tensor
+    target_img: Tensor
+    calls: list[Call]
+    losses: list[dict[str, float]]
+    names: dict[str, Any]
+
+
+def make(codebase: str) -> DACS:
+    chosen = CODEBASES[codebase]
+    head = {"num_classes": NUM_CLASSES, "channels": CHANNELS}
+    model = {"type": chosen.model, "decode_head": head}
+    return DACS(chosen, model=model)
+
+
+def train(uda: DACS, steps: int = 2) -> list[Step]:
+    """Steps of SGD, in train mode throughout."""
+    optimizer, done = torch.optim.SGD(uda.model.parameters(), lr=0.05), []
+    uda.train()
+    metas: Metas = [{}, {}]
+    for _ in range(steps):
+        img, labels, target = (
+            torch.randn(2, 3, SIZE, SIZE),
+            draw_labels(),
+            torch.randn(2, 3, SIZE, SIZE),
         )
-    ]
-    features: Tensor = model.decode_head.fuse_layer(torch.cat(embedded, dim=1))
-    return features
+        given = [tensor.clone() for tensor in (img, labels, target)]
+        uda.calls, uda.parsed = [], []
+        uda.model.seen.clear()
+        uda.ema_model.seen.clear()
+        optimizer.zero_grad()
+        uda.forward_train(img, metas, labels, target, metas)
+        optimizer.step()
+        assert all(map(torch.equal, given, (img, labels, target)))
+        done.append(Step(img, labels, target, uda.calls, uda.parsed, dict(uda.names)))
+    return done
 
 
-def majority(labels: Tensor) -> Tensor:
-    height, width = labels.shape[2] // 4, labels.shape[3] // 4
-    small = [
-        oracles.resize_majority(image.numpy(), (height, width), 0.75, 255)
-        for image in labels.squeeze(1)
-    ]
-    return torch.from_numpy(np.stack(small))
+def majority(labels: Tensor, size: Sequence[int]) -> Labels:
+    small = [oracles.resize_majority(image.numpy(), size, 0.75, 255) for image in labels.squeeze(1)]
+    return np.stack(small).reshape(-1)
 
 
-@pytest.fixture
-def names() -> dict[str, Any]:
-    uda = DACS()
-    for model in (uda.model, uda.ema_model):
-        model.decode_head.dropout.eval()
-    metas: Metas = [{"img_norm_cfg": {}}] * 2
-    img, labels = torch.randn(2, 3, 64, 96), draw_labels(2, 1, 64, 96)
-    # Of the predicted class here and there, so that `keep_correct` keeps something.
-    predicted = uda.model.encode_decode(img, metas).argmax(dim=1, keepdim=True)
-    labels = torch.where(
-        torch.rand(2, 1, 8, 12).repeat_interleave(8, 2).repeat_interleave(8, 3) < 0.5,
-        predicted,
-        labels,
-    )
-    return {
-        "self": uda,
-        "source_loader": [{"img": img, "img_metas": metas, "gt_semantic_seg": labels}],
-        "img": img,
-        "img_metas": metas,
-        "gt_semantic_seg": labels,
-        "target_img": torch.randn(2, 3, 64, 96),
-        "target_img_metas": metas,
-    }
+def of(step: Step, model: str, number: int, codebase: str) -> Tensor:
+    """Features of a run of that model: of the head's only call, or of the first of two."""
+    calls = [call.features for call in step.calls if call.model == model]
+    return calls[number if codebase == "DAFormer" else 2 * number]
 
 
-def by_hand(names: dict[str, Any]) -> oracles.Array:
-    """The anchors of the source batch as float64 loops."""
-    model, labels = names["self"].model, majority(names["gt_semantic_seg"])
-    features = features_of(model, names["img"])
-    logits = model.decode_head.conv_seg(features)
-    kept = oracles.keep_correct(flat(labels), rows(logits), 255)
-    anchors, _ = oracles.stream_anchors([(rows(features), kept)], NUM_CLASSES, CHANNELS)
-    return anchors
+def anchors_by_hand(steps: Sequence[Step], codebase: str) -> Array:
+    """The moving average of the teacher's source features, from what its layer returned."""
+    batches = []
+    for step in steps:
+        features = of(step, "teacher", 0, codebase)
+        batches.append((rows(features), majority(step.labels, features.shape[2:])))
+    return oracles.stream_anchors(batches, NUM_CLASSES, CHANNELS, momentum=0.01)[0]
 
 
-def test_anchors_are_those_of_a_loop(names: dict[str, Any]) -> None:
-    run_block(PAGE, 0, names)
-    expected = by_hand(names)
-    assert np.isfinite(expected).all(axis=1).sum() >= 2
-    np.testing.assert_allclose(names["centroids"].numpy(), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("codebase", CODEBASES)
+def test_anchors_are_the_teacher_s_moving_average(codebase: str) -> None:
+    uda = make(codebase)
+    steps = train(uda)
+    expected = anchors_by_hand(steps, codebase)
+    assert np.isfinite(expected).all(axis=1).tolist() == [True] * 5 + [False]
+    np.testing.assert_allclose(uda.anchors.compute().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_labels_and_their_weight(names: dict[str, Any]) -> None:
-    run_block(PAGE, 0, names)
-    run_block(PAGE, 1, names)
-    features = features_of(names["self"].ema_model, names["target_img"])
-    nothing = [-np.inf] * NUM_CLASSES
-    labels, margins = oracles.margin_labels(rows(features), by_hand(names), nothing, True, 255)
-    small = labels.reshape(2, 16, 24)
-    expected = np.stack([oracles.resize_nearest(image, (64, 96)) for image in small])
-    agree = names["pseudo_label"].numpy() == expected
-    assert agree.mean() > 0.999  # But for features that are as far from two anchors.
-    assert names["pseudo_label"].dtype == torch.int64
-    weight = names["pseudo_weight"]
-    assert weight.shape == (2, 64, 96)
-    assert 0 < weight[0, 0, 0].item() < 1
-    np.testing.assert_allclose(weight.numpy(), np.mean(margins > 0.25), atol=2 / margins.size)
-    weight[:, :5] = 0  # As `pseudo_weight_ignore_top` does: not of one memory.
-    assert weight[:, 5:].min() == weight.max()
+@pytest.mark.parametrize("codebase", CODEBASES)
+def test_the_teacher_runs_once_on_each_domain_in_train_mode_without_dropout(codebase: str) -> None:
+    uda = make(codebase)
+    (step,) = train(uda, 1)
+    assert [img is step.img for img in uda.ema_model.seen] == [True, False]
+    assert uda.ema_model.seen[1] is step.target_img
+    assert len(uda.model.seen) == 2
+    # By hand, with the statistics of the batch: what the running ones would give is another thing.
+    teacher = copy.deepcopy(uda.ema_model)
+    head = teacher.head()
+    scaled = step.img if codebase == "DAFormer" else F.interpolate(step.img, scale_factor=0.5)
+    by_hand = head.fuse_layer(teacher.backbone(scaled))
+    torch.testing.assert_close(of(step, "teacher", 0, codebase), by_hand)
+    stale = head.eval().fuse_layer(teacher.eval().backbone(scaled))
+    assert (stale - by_hand).abs().mean() > 0.2
 
 
-def test_losses_of_a_step(names: dict[str, Any]) -> None:
-    uda = names["self"]
-    run_block(PAGE, 0, names)
-    run_block(PAGE, 1, names)
-    run_block(PAGE, 2, names)
-    expected = oracles.distance_loss(
-        rows(features_of(uda.model, names["img"])),
-        flat(majority(names["gt_semantic_seg"])),
-        by_hand(names),
-        "euclidean",
-        "pixel",
-    )
-    assert expected > 0
-    losses = names["clean_losses"]
-    assert losses["loss_anchor"].item() == pytest.approx(0.1 * expected, rel=1e-5)
-    assert len(losses.pop("features")) == 4
-    loss, log_vars = uda._parse_losses(losses)
-    assert log_vars["loss_anchor"] == losses["loss_anchor"].item()
-    assert loss.item() == pytest.approx(sum(v for k, v in log_vars.items() if "loss" in k))
-    loss.backward()
-    assert all(p.grad is not None for p in uda.model.parameters())
+@pytest.mark.parametrize("codebase", CODEBASES)
+def test_labels_are_the_softmax_times_the_assignment(codebase: str) -> None:
+    uda = make(codebase)
+    steps = train(uda)
+    features = of(steps[-1], "teacher", 1, codebase)
+    distances = oracles.anchor_distances(rows(features), anchors_by_hand(steps, codebase))
+    near = np.stack([oracles.softmax(-row) for row in distances])
+    assert (near[:, -1] == 0).all()
+    near_map = torch.from_numpy(near.reshape(2, *features.shape[2:], -1)).movedim(3, 1)
+    near_map = F.interpolate(near_map, (SIZE, SIZE), mode="bilinear", align_corners=False)
+    teacher = copy.deepcopy(uda.ema_model)
+    probabilities = teacher.logits(steps[-1].target_img).double().softmax(dim=1)
+    product = probabilities * near_map
+    product = product / product.sum(dim=1, keepdim=True)
+    got = steps[-1].names["ema_logits"].softmax(dim=1)
+    torch.testing.assert_close(got.double(), product, rtol=0, atol=1e-5)
+    assert not torch.equal(product.argmax(dim=1), probabilities.argmax(dim=1))
 
 
-def test_losses_of_mixed_images(names: dict[str, Any]) -> None:
-    uda = names["self"]
-    run_block(PAGE, 0, names)
-    run_block(PAGE, 1, names)
-    run_block(PAGE, 2, names)
-    # As DACS mixes: pixels of some source classes, of weight 1, over the target.
-    labels, weight = names["gt_semantic_seg"], names["pseudo_weight"]
-    mask = labels < 9
-    weight[:, :7] = 0
-    names["pseudo_weight"] = torch.where(mask.squeeze(1), 1.0, weight)
-    names["mixed_img"] = torch.where(mask, names["img"], names["target_img"])
-    names["mixed_lbl"] = torch.where(mask, labels, names["pseudo_label"].unsqueeze(1))
-    run_block(PAGE, 3, names)
-    weight = names["pseudo_weight"]
-    kept = torch.where(weight.unsqueeze(1) == 0, 255, names["mixed_lbl"])
+def test_without_an_anchor_nothing_is_sure() -> None:
+    uda = make("DAFormer")
+    uda.train()
+    metas: Metas = [{}, {}]
+    img, ignored = torch.randn(2, 3, SIZE, SIZE), torch.full((2, 1, SIZE, SIZE), 255)
+    uda.forward_train(img, metas, ignored, img.flip(0), metas)
+    assert (uda.names["pseudo_weight"] == 0).all()
+    assert uda.parsed[0]["loss_anchor"] == uda.parsed[1]["loss_anchor"] == 0
+
+
+@pytest.mark.parametrize("codebase", CODEBASES)
+def test_losses_of_a_step(codebase: str) -> None:
+    steps = train(make(codebase))
+    before, step = anchors_by_hand(steps[:1], codebase), steps[1]
+    features = of(step, "student", 0, codebase)
+    small = majority(step.labels, features.shape[2:])
+    pulled = oracles.distance_loss(rows(features), small, before, "euclidean", "pixel")
+    assert step.losses[0]["loss_anchor"] == pytest.approx(0.1 * pulled, rel=1e-5)
+    assert steps[0].losses[0]["loss_anchor"] == 0  # No class is seen yet.
+
+    after, features = anchors_by_hand(steps, codebase), of(step, "student", 1, codebase)
+    small = majority(step.names["mixed_lbl"], features.shape[2:])
+    factor = SIZE // features.shape[2]
+    weights = F.avg_pool2d(step.names[CODEBASES[codebase].weights], factor)
+    assert (weights[:, -1] < 1).any()
+    assert ((weights == 0) & (torch.from_numpy(small.reshape(weights.shape)) != 255)).any()
     pulled = oracles.distance_loss(
-        rows(features_of(uda.model, names["mixed_img"])),
-        flat(majority(kept)),
-        by_hand(names),
-        "euclidean",
-        "pixel",
+        rows(features), small, after, "euclidean", "pixel", weights.double().numpy().reshape(-1)
     )
-    expected = 0.1 * weight.double().mean().item() * pulled
-    assert names["mix_losses"]["loss_anchor"].item() == pytest.approx(expected, rel=1e-5)
-    assert set(names["mix_losses"]) == {
-        "features",
-        "decode.loss_seg",
-        "decode.acc_seg",
-        "loss_anchor",
+    assert step.losses[1]["loss_anchor"] == pytest.approx(0.1 * pulled, rel=1e-5)
+    without = oracles.distance_loss(rows(features), small, after, "euclidean", "pixel")
+    assert pulled < 0.95 * without
+
+
+def test_the_losses_reach_the_student_and_not_the_anchors() -> None:
+    uda = make("DAFormer")
+    train(uda)
+    gradient = next(uda.model.head().fuse_layer.parameters()).grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in uda.ema_model.parameters())
+    assert not uda.anchors.compute().requires_grad
+
+
+def test_sums_of_all_ranks_move_the_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_two_ranks(sums: anchorda.ClassSums) -> anchorda.ClassSums:
+        return anchorda.ClassSums(2 * sums.sums, 2 * sums.counts)
+
+    alone = make("DAFormer")
+    torch.manual_seed(1)
+    train(alone, 1)
+    monkeypatch.setattr(anchorda, "all_reduce_class_sums", of_two_ranks)
+    both = make("DAFormer")
+    torch.manual_seed(1)
+    train(both, 1)
+    assert torch.equal(both.anchors.counts, 2 * alone.anchors.counts)
+
+
+def test_where_the_anchors_live() -> None:
+    """A child without parameters: in the checkpoint, and not wrapped for DDP by mmseg's wrapper."""
+    uda = make("DAFormer")
+    assert {"anchors.means", "anchors.counts"} <= set(uda.state_dict())
+    assert not list(uda.anchors.parameters())
+    for name in re.findall(r"`(anchors\.\w+)`", (RECIPES / PAGE).read_text(encoding="utf-8")):
+        assert name in uda.state_dict()
+
+
+def test_the_feature_distance_is_the_code_s() -> None:
+    feat, feat_imnet = [torch.randn(2, 5, 4, 4, requires_grad=True)], [torch.randn(2, 5, 4, 4)]
+    labels = torch.randint(NUM_CLASSES, (2, 1, 4, 4))
+    fdist = DACS.__new__(DACS)
+    nn.Module.__init__(fdist)
+    fdist.fdist_classes = [1, 3]
+    names: dict[str, Any] = {
+        "self": fdist,
+        "feat": feat,
+        "feat_imnet": feat_imnet,
+        "lay": -1,
+        "gt_rescaled": labels,
+        "anchorda": anchorda,
     }
+    run_block(PAGE, 4, names)
+    chosen = torch.isin(labels.squeeze(1), torch.tensor([1, 3]))
+    expected = torch.norm(feat[0] - feat_imnet[0], dim=1, p=2)[chosen].mean()
+    torch.testing.assert_close(names["feat_dist"], expected)
+    names["gt_rescaled"] = torch.zeros_like(labels)
+    run_block(PAGE, 4, names)
+    zero = names["feat_dist"]
+    assert zero.item() == 0  # NaN in the code.
+    zero.backward()
 
 
-def test_ignored_pixels_are_in_the_mean_of_the_cross_entropy() -> None:
-    """Why unsure pixels that are left out want a weight of 1, as the page says."""
-    model = EncoderDecoder().eval()
-    img, labels = torch.randn(1, 3, 32, 32), torch.randint(NUM_CLASSES, (1, 1, 32, 32))
-    whole = model.forward_train(img, [], labels, torch.ones(1, 32, 32))["decode.loss_seg"]
-    halves = []
-    for half in (slice(0, 16), slice(16, 32)):
-        ignored = labels.clone()
-        ignored[:, :, half] = 255
-        halves.append(model.forward_train(img, [], ignored)["decode.loss_seg"])
-    torch.testing.assert_close(whole, halves[0] + halves[1])
+class DataContainer:
+    """mmcv's: a list with the batch of each GPU."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = [data]
+
+
+class UDADataset:
+    """Pairs; the source and the target alone are its attributes."""
+
+    def __init__(self, source: list[dict[str, Tensor]], target: list[dict[str, Tensor]]) -> None:
+        self.source, self.target = source, target
+
+
+class Config(dict[str, Any]):
+    """mmcv's: keys are attributes."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401, D105
+        return self[name]
+
+
+def build_dataloader(
+    dataset: list[dict[str, Tensor]],
+    samples_per_gpu: int,
+    workers_per_gpu: int,
+    num_gpus: int = 1,
+    dist: bool = True,
+    shuffle: bool = True,
+) -> Iterator[dict[str, DataContainer]]:
+    """With the defaults of mmseg's: distributed and shuffled unless told otherwise."""
+    assert not dist
+    order = torch.randperm(len(dataset)).tolist() if shuffle else range(len(dataset))
+    for first in range(0, len(dataset), samples_per_gpu):
+        items = [dataset[i] for i in order[first : first + samples_per_gpu]]
+        keys = items[0]
+        yield {key: DataContainer(torch.stack([item[key] for item in items])) for key in keys}
+
+
+@pytest.mark.parametrize("codebase", CODEBASES)
+def test_a_labeling_pass(codebase: str) -> None:
+    uda = make(codebase)
+    train(uda, 3)
+    source = [
+        {"img": torch.randn(3, SIZE, SIZE), "gt_semantic_seg": draw_labels()[0]} for _ in range(3)
+    ]
+    target = [{"img": torch.randn(3, SIZE, SIZE)} for _ in range(3)]  # No labels of the target.
+    names = uda.names | {
+        "model": uda,
+        "cfg": Config(
+            data=Config(samples_per_gpu=2, workers_per_gpu=0),
+            model=Config(decode_head=Config(channels=CHANNELS)),
+        ),
+        "distributed": False,
+        "build_dataloader": build_dataloader,
+        "datasets": [UDADataset(source, target)],
+    }
+    # By hand: the teacher's parameters with the student's statistics, in evaluation mode.
+    teacher = copy.deepcopy(uda.ema_model)
+    for name, buffer in uda.model.named_buffers():
+        teacher.get_buffer(name).copy_(buffer)
+    teacher.eval()
+    head = teacher.head()
+    with torch.no_grad():
+        run_block(PAGE, 5, names, CODEBASES[codebase].edits(6))
+
+        def features_of(img: Tensor) -> Tensor:
+            scaled = img if codebase == "DAFormer" else F.interpolate(img, scale_factor=0.5)
+            features: Tensor = head.fuse_layer(teacher.backbone(scaled))
+            return features
+
+        batches = []
+        for pair in source:
+            img, labels = pair["img"][None], pair["gt_semantic_seg"]
+            features = features_of(img)
+            logits = F.interpolate(teacher.logits(img), features.shape[2:], mode="bilinear")
+            small = oracles.resize_nearest(labels[0].numpy(), features.shape[2:]).reshape(-1)
+            batches.append((rows(features), oracles.keep_correct(small, rows(logits), 255)))
+        anchors = oracles.stream_anchors(batches, NUM_CLASSES, CHANNELS)[0]
+        assert np.isfinite(anchors).all(axis=1).sum() >= 2
+        stage = names["stage"]
+        np.testing.assert_allclose(stage.centroids.numpy(), anchors, rtol=1e-4, atol=1e-5)
+
+        features = features_of(target[2]["img"][None])
+        minimum = stage.by_anchor.min_margin.tolist()
+        expected, margins = oracles.margin_labels(rows(features), anchors, minimum, False, 255)
+    clear = np.abs(margins[:, None] - np.asarray(minimum)).min(axis=1) > 1e-4
+    assert names["pseudo_labels"].shape == (1, *features.shape[2:])
+    assert np.array_equal(flat(names["pseudo_labels"])[clear], expected[clear])
+    assert 0 < (expected != 255).sum() < expected.size
+    stale = copy.deepcopy(teacher)
+    for name, buffer in Segmentor(codebase != "DAFormer").named_buffers():
+        stale.get_buffer(name).copy_(buffer)
+    assert stage.network.training is False
+    for name, buffer in stage.network.named_buffers():
+        assert torch.equal(buffer, uda.model.get_buffer(name))
