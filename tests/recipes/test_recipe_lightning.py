@@ -1,49 +1,31 @@
-"""The Lightning page, with a stand-in for `lightning`, alone and under DDP in two processes."""
+"""The Lightning page with `lightning` itself, alone and with its DDP strategy in two processes."""
 
-import sys
+import copy
+import os
+import socket
 import time
 import warnings
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 
 import anchorda
 from tests import oracles
-from tests.oracles import Array, flat, rows
+from tests.oracles import Array, Labels, flat, rows
 from tests.recipes.pages import run_block
 
-NUM_CLASSES, DIM, SECONDS = 4, 5, 120
+pytest.importorskip("lightning", reason="lightning is not installed")
+
+NUM_CLASSES, DIM, SECONDS = 4, 5, 180
 PAGE = "lightning.md"
 Batches = list[tuple[Tensor, Tensor]]
-
-
-class LightningModule(nn.Module):
-    """What the page uses of the real one."""
-
-    @property
-    def device(self) -> torch.device:  # noqa: D102
-        return next(self.parameters()).device
-
-
-class Strategy(nn.Module):
-    """What Lightning wraps: a module whose `forward` is the module's `training_step`."""
-
-    def __init__(self, module: Any) -> None:  # noqa: ANN401
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: D102
-        loss: Tensor = self.module.training_step(batch, batch_idx)
-        return loss
 
 
 class Network(nn.Module):
@@ -64,116 +46,181 @@ def draw_source(rank: int) -> Batches:
     """The share of a rank, drawn the same in any process; class 3 is on rank 1 alone."""
     torch.manual_seed(10 + rank)
     labels = torch.tensor([0, 1, 2, 3 if rank == 1 else 255, 255])
-    return [(torch.randn(2, 3, 8, 6), labels[torch.randint(5, (2, 8, 6))]) for _ in range(2 + rank)]
+    return [(torch.randn(2, 3, 8, 6), labels[torch.randint(5, (2, 8, 6))]) for _ in range(2)]
 
 
-def classes(source: Batches) -> tuple[Any, Any]:
-    """`Adaptation` and `MovingAdaptation` of the page, each made with a network of one seed."""
-    lightning = ModuleType("lightning")
-    lightning.LightningModule = LightningModule  # type: ignore[attr-defined]
-    sys.modules["lightning"] = lightning
+def make(name: str, source: Batches) -> Any:  # noqa: ANN401
+    """`Adaptation` or `MovingAdaptation` of the page, with a network of one seed."""
     names: dict[str, Any] = {}
-    try:
-        run_block(PAGE, 0, names)
-        run_block(PAGE, 1, names)
-    finally:
-        del sys.modules["lightning"]
-    made = []
-    for name in ("Adaptation", "MovingAdaptation"):
-        torch.manual_seed(0)
-        made.append(names[name](Network(), source, NUM_CLASSES, DIM))
-    return made[0], made[1]
+    run_block(PAGE, 0, names)
+    run_block(PAGE, 1, names)
+    torch.manual_seed(0)
+    return names[name](Network(), source, NUM_CLASSES, DIM)
 
 
-def fit(module: Any, strategy: nn.Module, source: Batches) -> list[Tensor]:  # noqa: ANN401
-    """As a trainer: an epoch of automatic optimization. Returns the losses."""
-    optimizer, losses = module.configure_optimizers(), []
-    module.train()
-    module.on_train_epoch_start()
-    for index, batch in enumerate(source[:2]):
-        loss = strategy({"source": batch, "target": batch[0].flip(0)}, index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the advice that Lightning gives as warnings, such as on more workers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def fit(module: Any, source: Batches, epochs: int = 1, **options: Any) -> None:  # noqa: ANN401
+    """Lightning's own trainer, over lists as loaders."""
+    with quiet():
+        import lightning
+
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **options,
+        )
+        target = [images.flip(0) for images, _ in source]
+        # Loaders, for Lightning looks into lists for more loaders.
+        data: dict[str, Any] = {"source": source, "target": target}
+        trainer.fit(
+            module,
+            {name: torch.utils.data.DataLoader(x, batch_size=None) for name, x in data.items()},
+        )
+
+
+def record_losses(module: Any) -> list[float]:  # noqa: ANN401
+    """What `training_step` returns from now on."""
+    losses, step = list[float](), module.training_step
+
+    def recorded(batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss: Tensor = step(batch, batch_idx)
+        losses.append(loss.item())
+        return loss
+
+    module.training_step = recorded
     return losses
+
+
+def resized(labels: Tensor) -> Labels:
+    return np.stack([oracles.resize_nearest(image.numpy(), (4, 3)) for image in labels]).reshape(-1)
 
 
 def by_hand(network: Network, source: Batches) -> Array:
     batches = []
     for images, labels in source:
         features, logits = network(images)
-        small = torch.from_numpy(
-            np.stack([oracles.resize_nearest(image.numpy(), (4, 3)) for image in labels])
-        )
-        batches.append((rows(features), oracles.keep_correct(flat(small), rows(logits), 255)))
+        batches.append((rows(features), oracles.keep_correct(resized(labels), rows(logits), 255)))
     return oracles.stream_anchors(batches, NUM_CLASSES, DIM)[0]
 
 
-def test_a_pass_of_one_process() -> None:
+def step_by_hand(
+    network: Network, frozen: Network | None, batch: tuple[Tensor, Tensor], anchors: Array
+) -> float:
+    """The loss of a step whose labels come from the frozen network, or from the one in training."""
+    images, labels = batch
+    total, ones = 0.0, [1.0] * NUM_CLASSES
+    for domain, small in ((images, resized(labels)), (images.flip(0), None)):
+        features, logits = network(domain)
+        if small is None:
+            labeled = features if frozen is None else frozen(domain)[0]
+            small, _ = oracles.margin_labels(rows(labeled), anchors, [0.1] * 4, True, 255)
+            assert 0 < (small != 255).sum() < small.size
+        total += oracles.cross_entropy(rows(logits), small, ones, 0.0)
+        total += 0.1 * oracles.distance_loss(rows(features), small, anchors, "euclidean", "pixel")
+    return total
+
+
+def test_stages_of_a_trainer() -> None:
     source = draw_source(0)
-    module, _ = classes(source)
-    expected = by_hand(module.network.eval(), source)
-    losses = fit(module, Strategy(module), source)
-    anchors = module.anchors.compute().numpy()
-    assert 1 < np.isfinite(expected).all(axis=1).sum() < NUM_CLASSES
-    np.testing.assert_allclose(anchors, expected, rtol=1e-5, atol=1e-6)
-    assert module.network.training
-    assert all(loss.isfinite() for loss in losses)
-    again = by_hand(module.network.eval(), source)
-    module.on_train_epoch_start()  # Of the next epoch: nothing of the first is left.
-    np.testing.assert_allclose(module.anchors.compute().numpy(), again, rtol=1e-5, atol=1e-6)
+    module = make("Adaptation", source)
+    start, losses = copy.deepcopy(module.network), record_losses(module)
+    fit(module, source)
+    frozen = copy.deepcopy(start).eval()
+    anchors = by_hand(frozen, source)
+    assert 1 < np.isfinite(anchors).all(axis=1).sum() < NUM_CLASSES
+    (stage,) = module.stage
+    np.testing.assert_allclose(stage.centroids.numpy(), anchors, rtol=1e-5, atol=1e-6)
+    assert losses[0] == pytest.approx(step_by_hand(start, frozen, source[0], anchors), rel=1e-5)
+    assert losses[0] != pytest.approx(step_by_hand(start, None, source[0], anchors), rel=1e-3)
+    assert not any("stage" in name for name in module.state_dict())
+    assert all(p.grad is not None for p in module.network.parameters())
+
+
+def test_every_epoch_begins_a_stage() -> None:
+    source = draw_source(0)
+    module = make("Adaptation", source)
+    first = by_hand(copy.deepcopy(module.network).eval(), source)
+    fit(module, source, epochs=2)
+    (stage,) = module.stage
+    assert np.abs(np.nan_to_num(stage.centroids.numpy() - first)).max() > 1e-4
+
+
+def test_moving_anchors_of_a_trainer() -> None:
+    source = draw_source(0)
+    module = make("MovingAdaptation", source)
+    network, losses = copy.deepcopy(module.network), record_losses(module)
+    fit(module, source)
+    optimizer, batches = torch.optim.SGD(network.parameters(), lr=1e-3), []
+    for batch in source:  # The same steps by hand, in train mode.
+        features, _ = copy.deepcopy(network)(batch[0])
+        batches.append((rows(features), resized(batch[1])))
+        anchors, _ = oracles.stream_anchors(batches, NUM_CLASSES, DIM, momentum=0.01)
+        expected = step_by_hand(copy.deepcopy(network), None, batch, anchors)
+        assert losses[len(batches) - 1] == pytest.approx(expected, rel=1e-4)
+        if len(batches) == 1:
+            module_step = make("MovingAdaptation", source)
+            module_step.network = network
+            optimizer.zero_grad()
+            step = {"source": batch, "target": batch[0].flip(0)}
+            module_step.training_step(step, 0).backward()
+            optimizer.step()
+    np.testing.assert_allclose(module.anchors.compute().numpy(), anchors, rtol=1e-4, atol=1e-5)
     assert "anchors.means" in module.state_dict()  # A child: in the checkpoint.
 
 
-def test_the_loss_of_a_step() -> None:
-    source = draw_source(0)
-    module, _ = classes(source)
-    module.on_train_epoch_start()
-    images, labels = source[0]
-    loss = module.training_step({"source": (images, labels), "target": -images}, 0)
-    expected, anchors, ones = 0.0, module.anchors.compute().double().numpy(), [1.0] * NUM_CLASSES
-    features, logits = module.network(images)
-    small = flat(anchorda.resize_labels(labels, (4, 3)))
-    expected += oracles.cross_entropy(rows(logits), small, ones, 0.0)
-    expected += 0.1 * oracles.distance_loss(rows(features), small, anchors, "euclidean", "pixel")
-    features, logits = module.network(-images)
-    pseudo, _ = oracles.margin_labels(rows(features), anchors, [0.1] * NUM_CLASSES, True, 255)
-    expected += oracles.cross_entropy(rows(logits), pseudo, ones, 0.0)
-    expected += 0.1 * oracles.distance_loss(rows(features), pseudo, anchors, "euclidean", "pixel")
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def rank_main(rank: int, folder: str) -> None:
+def rank_main(rank: int, folder: str, port: int) -> None:
     """Both modules of the page and the wrong way, on one of two ranks."""
-    warnings.simplefilter("error")
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=SECONDS / 2),
-    )
     source, report = draw_source(rank), {}
-    whole, moving = classes(source)
-    for name, module in (("whole", whole), ("moving", moving)):
-        fit(module, DistributedDataParallel(Strategy(module)), source)
-        report[name] = module.anchors.state_dict()
-    wrong, _ = classes(source)
-    strategy = DistributedDataParallel(Strategy(wrong))
-    for index, (images, labels) in enumerate(source[:2]):
-        wrong.anchors.update(images[:, :1].expand(-1, DIM, -1, -1), labels)
-        strategy({"source": (images, labels), "target": images}, index).backward()
-    report["wrong"] = wrong.anchors.state_dict()
+    for name in ("Adaptation", "MovingAdaptation", "wrong"):
+        module = make("MovingAdaptation" if name == "wrong" else name, source)
+        if name == "wrong":  # `update` in each step.
+            anchors = module.anchors = anchorda.CategoryAnchors(NUM_CLASSES, DIM)
+
+            def wrong(batch: dict[str, Any], index: int, module: Any = module) -> Tensor:  # noqa: ANN401
+                features, logits = module.network(batch["source"][0])
+                labels = anchorda.resize_labels(batch["source"][1], features.shape[2:])
+                module.anchors.update(features.detach(), labels)
+                loss: Tensor = module.discriminate(logits, labels)
+                return loss
+
+            module.training_step = wrong
+        fit(module, source, strategy="ddp", devices=2)
+        if name == "Adaptation":
+            report[name] = {"centroids": module.stage[0].centroids}
+        else:
+            anchors = module.anchors
+            report[name] = anchors.state_dict()
     torch.save(report, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    context = spawn(rank_main, (str(folder),), 2, join=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = spawn(rank_main, (str(folder), port), 2, join=False)
     deadline = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=1):
@@ -184,32 +231,43 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_a_pass_of_two_processes_is_one_of_both_shares(reports: list[dict[str, Any]]) -> None:
-    sources = [draw_source(0), draw_source(1)]
-    module, _ = classes([])
-    expected = by_hand(module.network.eval(), sources[0] + sources[1])
-    assert np.isfinite(expected).all()  # Class 3 too, which rank 0 has never seen.
+def counts_of(ranks: int) -> Labels:
+    counts = np.zeros(NUM_CLASSES, np.int64)
+    for rank in range(ranks):
+        for _, labels in draw_source(rank):
+            small = resized(labels)
+            counts += np.bincount(small[small < NUM_CLASSES], minlength=NUM_CLASSES)
+    return counts
+
+
+def test_a_stage_of_two_processes_is_one_of_both_shares(reports: list[dict[str, Any]]) -> None:
+    network = make("Adaptation", []).network.eval()
+    expected = by_hand(network, draw_source(0) + draw_source(1))
+    assert np.isfinite(expected[3]).all()  # Which rank 0 has never seen.
     for report in reports:
-        np.testing.assert_allclose(report["whole"]["means"], expected, rtol=1e-5, atol=1e-6)
-    for name in ("whole", "moving"):
-        for buffer in ("means", "counts"):
-            assert torch.equal(reports[0][name][buffer], reports[1][name][buffer])
+        got = report["Adaptation"]["centroids"].numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_moving_anchors_count_the_batches_of_both_ranks(reports: list[dict[str, Any]]) -> None:
-    counts = np.zeros(NUM_CLASSES, np.int64)
-    for rank in range(2):
-        for _, labels in draw_source(rank)[:2]:
-            small = anchorda.resize_labels(labels, (4, 3))
-            counts += np.bincount(flat(small)[flat(small) < NUM_CLASSES], minlength=NUM_CLASSES)
-    assert reports[0]["moving"]["counts"].tolist() == counts.tolist()
-    assert counts[3] > 0
+    first, second = (report["MovingAdaptation"] for report in reports)
+    assert all(torch.equal(first[buffer], second[buffer]) for buffer in first)
+    assert first["counts"].tolist() == counts_of(2).tolist()
+    assert first["counts"][3] > 0
 
 
-def test_updates_in_the_step_keep_those_of_rank_0_alone(reports: list[dict[str, Any]]) -> None:
-    """The row of the table that is wrong: what rank 1 has seen is gone."""
-    mine = np.zeros(NUM_CLASSES, np.int64)
-    for _, labels in draw_source(0)[:2]:
-        mine += np.bincount(flat(labels)[flat(labels) < NUM_CLASSES], minlength=NUM_CLASSES)
-    assert [report["wrong"]["counts"].tolist() for report in reports] == [mine.tolist()] * 2
+def test_updates_in_the_step_are_rank_0_s_alone(reports: list[dict[str, Any]]) -> None:
+    """The row of the table that is wrong: what rank 1 saw in the first step is gone."""
+    mine, other = (report["wrong"]["counts"] for report in reports)
+    assert mine.tolist() == counts_of(1).tolist()
     assert mine[3] == 0
+    labels = resized(draw_source(0)[0][1])
+    last = resized(draw_source(1)[1][1])
+    counts = np.bincount(labels[labels < 4], minlength=4) + np.bincount(last[last < 4], minlength=4)
+    assert other.tolist() == counts.tolist()
+
+
+def test_labels_are_those_of_the_source() -> None:
+    """The stand-in's labels have all that the page promises: ignored ones, another resolution."""
+    labels = np.concatenate([flat(labels) for _, labels in draw_source(1)])
+    assert {3, 255} <= set(labels.tolist())

@@ -1,6 +1,9 @@
 """The page on model libraries: transformers itself, and stand-ins for torchvision and timm."""
 
+import copy
+import warnings
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +34,7 @@ class DeepLab(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = nn.Conv2d(3, 8, 8, stride=8)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), nn.BatchNorm2d(8))
         self.classifier = nn.Sequential(
             nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, NUM_CLASSES, 1)
         )
@@ -89,23 +92,10 @@ def draw_source(height: int, width: int) -> Batches:
     ]
 
 
-def assert_step(
-    names: dict[str, Any], features: Tensor, logits: Tensor, anchors: Array, resized: bool
-) -> None:
-    """The labels and the loss of a page's step."""
-    labels, _ = oracles.margin_labels(rows(features), anchors, [0.1] * NUM_CLASSES, True, 255)
-    assert 0 < (labels != 255).sum() < labels.size
-    assert np.array_equal(flat(names["pseudo"].labels), labels)
-    pulled = oracles.distance_loss(rows(features), labels, anchors, "euclidean", "pixel")
-    if resized:
-        maps = labels.reshape(len(features), *features.shape[2:])
-        labels = np.stack([oracles.resize_nearest(image, logits.shape[2:]) for image in maps])
-    entropy = oracles.cross_entropy(rows(logits), labels.reshape(-1), ONES, 0.0)
-    assert names["loss"].item() == pytest.approx(entropy + 0.1 * pulled, rel=1e-5)
-
-
 def test_torchvision() -> None:
     network, source = DeepLab(), draw_source(32, 40)
+    frozen, received = copy.deepcopy(network).eval(), list[Tensor]()
+    network.classifier[-1].register_forward_hook(lambda _, args, __: received.append(args[0]))
     names: dict[str, Any] = {
         "network": network,
         "num_classes": NUM_CLASSES,
@@ -115,22 +105,32 @@ def test_torchvision() -> None:
     run_block(PAGE, 0, names)
 
     def features_of(images: Tensor) -> Tensor:
-        features: Tensor = network.classifier[:2](network.backbone(images))
+        """By hand, in evaluation mode."""
+        features: Tensor = frozen.classifier[:2](frozen.backbone(images))
         return features
 
     features = [features_of(images) for images, _ in source]
     kept = []
     for x, (_, labels) in zip(features, source, strict=True):
-        logits = rows(network.classifier[-1](x))
+        logits = rows(frozen.classifier[-1](x))
         kept.append(
             torch.from_numpy(oracles.keep_correct(flat(small(labels, (4, 5))), logits, 255))
         )
     anchors = anchors_by_hand(features, kept)
     assert np.isfinite(anchors).all(axis=1).sum() >= 2
-    np.testing.assert_allclose(names["centroids"].numpy(), anchors, rtol=1e-5, atol=1e-6)
-    target = names["target_images"]
-    assert_step(names, features_of(target), network(target)["out"], anchors, resized=True)
-    assert network.backbone.weight.grad is not None
+    np.testing.assert_allclose(names["stage"].centroids.numpy(), anchors, rtol=1e-5, atol=1e-6)
+    expected, _ = oracles.margin_labels(
+        rows(features_of(names["target_images"])), anchors, [0.1] * NUM_CLASSES, True, 255
+    )
+    assert 0 < (expected != 255).sum() < expected.size
+    assert np.array_equal(flat(names["pseudo"].labels), expected)
+    # The loss is of the network in training: what its classifier received.
+    assert network.training
+    pulled = oracles.distance_loss(rows(received[-1]), expected, anchors, "euclidean", "pixel")
+    large = [oracles.resize_nearest(image, (32, 40)) for image in expected.reshape(2, 4, 5)]
+    entropy = oracles.cross_entropy(rows(names["logits"]), np.stack(large).reshape(-1), ONES, 0.0)
+    assert names["loss"].item() == pytest.approx(entropy + 0.1 * pulled, rel=1e-5)
+    assert network.backbone[0].weight.grad is not None
 
 
 def test_timm_classifier() -> None:
@@ -161,45 +161,135 @@ def test_timm_tokens() -> None:
     assert torch.equal(names["features"], network.patch_embed(images).flatten(2))
 
 
-def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+def segformer_config() -> Any:  # noqa: ANN401
+    from transformers import SegformerConfig
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = SegformerConfig(
+    return SegformerConfig(
         num_labels=NUM_CLASSES,
         hidden_sizes=[8, 8, 16, 16],
         depths=[1, 1, 1, 1],
         num_attention_heads=[1, 1, 2, 2],
         decoder_hidden_size=6,
-        classifier_dropout_prob=0.0,
-        drop_path_rate=0.0,
+        classifier_dropout_prob=0.3,
+        drop_path_rate=0.1,
         initializer_range=0.5,
     )
-    source = draw_source(32, 40)
+
+
+def segformer_anchors(network: Any, source: Batches) -> tuple[Array, list[Tensor]]:  # noqa: ANN401
+    """By hand, in evaluation mode: anchors, and where further features are recorded."""
+    received = list[Tensor]()
+    network.decode_head.dropout.register_forward_hook(lambda _, args, __: received.append(args[0]))
+    kept = []
+    with torch.no_grad():
+        for images, labels in source:
+            logits = rows(network(pixel_values=images).logits)
+            right = oracles.keep_correct(flat(small(labels, (8, 10))), logits, 255)
+            kept.append(torch.from_numpy(right))
+    anchors = anchors_by_hand(received, kept)
+    received.clear()
+    return anchors, received
+
+
+def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import SegformerForSemanticSegmentation
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source, target = draw_source(32, 40), torch.randn(2, 3, 32, 40)
     names: dict[str, Any] = {
-        "config": config,
+        "config": segformer_config(),
         "source_loader": source,
-        "target_images": torch.randn(2, 3, 32, 40),
+        "target_images": target,
         "torch": torch,
         "anchorda": anchorda,
     }
     torch.manual_seed(1)
     run_block(PAGE, 3, names)
+    run_block(PAGE, 4, names)
     torch.manual_seed(1)
-    network, received = SegformerForSemanticSegmentation(config).eval(), list[Tensor]()
-    network.decode_head.dropout.register_forward_hook(lambda _, __, out: received.append(out))
-    with torch.no_grad():
-        for images, _ in source:
-            network(pixel_values=images)
-    anchors = anchors_by_hand(received, [small(labels, (8, 10)) for _, labels in source])
-    assert np.isfinite(anchors).all()
-    np.testing.assert_allclose(names["centroids"].numpy(), anchors, rtol=1e-4, atol=1e-5)
+    network = SegformerForSemanticSegmentation(segformer_config())
+    trained = copy.deepcopy(network).train()
+    anchors, received = segformer_anchors(network.eval(), source)
+    assert np.isfinite(anchors).all(axis=1).sum() >= 2
+    np.testing.assert_allclose(names["stage"].centroids.numpy(), anchors, rtol=1e-4, atol=1e-5)
 
-    received.clear()
-    target = names["target_images"]
-    logits = network.train()(pixel_values=target).logits
-    assert logits.shape == (2, NUM_CLASSES, 8, 10)
-    assert received[0].shape == (2, 6, 8, 10)
-    assert_step(names, received[0], logits, anchors, resized=False)
+    with torch.no_grad():
+        network(pixel_values=target)
+    labels, _ = oracles.margin_labels(rows(received[0]), anchors, [0.1] * NUM_CLASSES, True, 255)
+    assert 0 < (labels != 255).sum() < labels.size
+    assert np.array_equal(flat(names["pseudo"].labels), labels)
+    # The losses are of the network in training; its dropout draws, so what it gave is read.
+    assert trained.training
+    assert names["network"].training
+    features, logits = names["features"], names["logits"]
+    assert (features == 0).all(dim=(2, 3)).sum() == 0  # Before the dropout of channels.
+    pulled = oracles.distance_loss(rows(features), labels, anchors, "euclidean", "pixel")
+    entropy = oracles.cross_entropy(rows(logits), labels, ONES, 0.0)
+    assert names["loss"].item() == pytest.approx(entropy + 0.1 * pulled, rel=1e-5)
     assert all(p.grad is not None for p in names["network"].segformer.parameters())
+
+
+def test_transformers_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source, target = draw_source(32, 40), torch.randn(4, 3, 32, 40)
+    images, truth = (torch.cat(parts) for parts in zip(*source, strict=True))
+    pairs = [
+        {"pixel_values": image, "labels": label, "target_pixel_values": unlabeled}
+        for image, label, unlabeled in zip(images, truth, target, strict=True)
+    ]
+    names: dict[str, Any] = {
+        "config": segformer_config(),
+        "source_loader": source,
+        "pairs": pairs,
+        "torch": torch,
+        "anchorda": anchorda,
+    }
+    run_block(PAGE, 3, names)
+    network = names["network"]
+    start = copy.deepcopy(network)
+    with warnings.catch_warnings():  # What accelerate and transformers say of each other.
+        warnings.simplefilter("ignore")
+        names["arguments"] = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            num_train_epochs=1,
+            max_steps=2,
+            gradient_accumulation_steps=1,
+            remove_unused_columns=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            logging_steps=1,
+            learning_rate=1e-3,
+        )
+        run_block(PAGE, 5, names)
+    trainer = names["trainer"]
+    anchors, _ = segformer_anchors(copy.deepcopy(start).eval(), source)
+    np.testing.assert_allclose(trainer.stage.centroids.numpy(), anchors, rtol=1e-4, atol=1e-5)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    before, after = (rows(net.decode_head.classifier.weight) for net in (start, network))
+    assert not np.array_equal(before, after)
+    assert set(network.state_dict()) == set(start.state_dict())
+
+    # The loss of a step by hand: the model's own, and the target's near the anchors.
+    network.eval()  # Without dropout, so that it can be computed again.
+    batch = {key: torch.stack([pair[key] for pair in pairs[:2]]) for key in pairs[0]}
+    loss, outputs = trainer.compute_loss(network, dict(batch), return_outputs=True)
+    assert trainer.compute_loss(network, dict(batch)).item() == pytest.approx(loss.item())
+    with torch.no_grad():
+        own = network(pixel_values=batch["pixel_values"], labels=batch["labels"])
+        stage_features, _ = names["extract"](trainer.stage.network, batch["target_pixel_values"])
+        features, logits = names["extract"](network, batch["target_pixel_values"])
+    labels, _ = oracles.margin_labels(rows(stage_features), anchors, [0.1] * NUM_CLASSES, True, 255)
+    assert 0 < (labels != 255).sum() < labels.size
+    expected = own.loss.item() + oracles.cross_entropy(rows(logits), labels, ONES, 0.0)
+    expected += 0.1 * oracles.distance_loss(rows(features), labels, anchors, "euclidean", "pixel")
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(outputs.logits, own.logits)
