@@ -6,7 +6,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 
 SEED ?= 0
 
-.PHONY: help test lint types unit docs dist matrix own bench clean
+.PHONY: help test lint types unit docs dist matrix own fuzz bench clean
 
 help:
 	@echo "make test   everything CI runs: lint, types, unit tests and doctests, docs, distribution"
@@ -14,6 +14,7 @@ help:
 	@echo "make dist   sdist and wheel: metadata, contents, and the wheel alone running README.md"
 	@echo "make matrix the core tests with the oldest and the newest Python and torch; gigabytes"
 	@echo "make own    adapt a network to a small synthetic pair, as to images of your own; SEED=0"
+	@echo "make fuzz   100,000 random calls of the public functions; SEED=0; half an hour"
 	@echo "make bench  what the operators cost, as multiples of the memory traffic they need"
 	@echo "make clean  remove what the other targets made, but for runs/"
 
@@ -59,6 +60,9 @@ own: $(VENV)/installed
 	$(BIN)/python examples/synthetic/folders.py "$(OWN)/data" --seed "$(SEED)"
 	$(BIN)/python examples/segmentation.py --source "$(OWN)/data/source" --target "$(OWN)/data/target" \
 		--classes "$(OWN)/data/classes.txt" --output "$(OWN)" --seed "$(SEED)"
+
+fuzz: $(VENV)/installed
+	$(BIN)/python -m tests.fuzz --calls 100000 --seed "$(SEED)"
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/operators.py --output runs/bench

@@ -322,7 +322,7 @@ REJECTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: CategoryAnchors(6, 3).update_sums(torch.zeros(6, 3), torch.zeros(5).long()),
         ValueError,
-        "Expected `sums` of shape (C, D) = (6, 3) and `counts` of shape (C,) = (6,), "
+        "Expected `sums` of shape (C, D) = (6, 3) and `counts` of shape (C,), one for each row, "
         "but got (6, 3) and (5,).",
     ),
     (

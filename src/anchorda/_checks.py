@@ -197,7 +197,8 @@ def check_class_names(names: Sequence[str] | None, num_classes: int) -> list[str
     """Return one name for each class; without names, number the classes."""
     if names is None:
         return [str(c) for c in range(num_classes)]
-    is_sequence = isinstance(names, (Sequence, np.ndarray)) and not isinstance(names, str)
+    is_vector = isinstance(names, np.ndarray) and names.ndim == 1
+    is_sequence = is_vector or (isinstance(names, Sequence) and not isinstance(names, str))
     if not is_sequence or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"Expected `class_names` to be a sequence of strings, but got {described(names)}."
@@ -238,9 +239,9 @@ def check_per_class(
     values: Tensor, name: str, like: Tensor, like_name: str, num_classes: int
 ) -> None:
     """Reject per-class values (C,) of another length or device; one value for all is accepted."""
-    if values.ndim == 0:
+    if values.ndim == 0 and values.is_meta == like.is_meta:
         return
-    if tuple(values.shape) != (num_classes,):
+    if values.ndim > 0 and tuple(values.shape) != (num_classes,):
         raise ValueError(
             f"Expected `{name}` to be one number or of shape (C,) = ({num_classes},), "
             f"but got {tuple(values.shape)}."
@@ -284,16 +285,19 @@ def as_integers(
     return from_array(value, torch.int64).to(device)
 
 
-def check_sums(sums: Tensor, counts: Tensor, shape: tuple[int, int]) -> None:
+def check_sums(sums: Tensor, counts: Tensor, shape: tuple[int, int] | None = None) -> None:
     """Reject class sums that are not floating point (C, D) with integer counts (C,)."""
     check_tensor(sums, "sums")
     check_floating(sums, "sums")
-    check_label_map(counts, "counts")
-    if tuple(sums.shape) != shape or tuple(counts.shape) != shape[:1]:
+    check_integers(counts, "counts")
+    size = f" = {shape}" if shape else ""
+    fits = tuple(sums.shape) == shape if shape else sums.ndim == 2
+    if not fits or counts.shape != sums.shape[:1]:
         raise ValueError(
-            f"Expected `sums` of shape (C, D) = {shape} and `counts` of shape (C,) = "
-            f"{shape[:1]}, but got {tuple(sums.shape)} and {tuple(counts.shape)}."
+            f"Expected `sums` of shape (C, D){size} and `counts` of shape (C,), one for each row, "
+            f"but got {tuple(sums.shape)} and {tuple(counts.shape)}."
         )
+    check_device(counts, "counts", sums, "sums")
 
 
 def check_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None:
@@ -313,6 +317,16 @@ def check_int(value: int, name: str) -> int:
     if not _INT64.min <= number <= _INT64.max:
         raise ValueError(f"Expected `{name}` in the range of int64, but got {described(number)}.")
     return number
+
+
+def check_class_ids(classes: Sequence[int], name: str = "classes") -> list[int]:
+    """Return class ids as a list of ints."""
+    is_vector = isinstance(classes, (np.ndarray, Tensor)) and classes.ndim == 1
+    if not is_vector and (isinstance(classes, str) or not isinstance(classes, Sequence)):
+        raise TypeError(
+            f"Expected `{name}` to be a sequence of ints, but got {described(classes)}."
+        )
+    return [check_int(c, name) for c in classes]
 
 
 def check_count(value: int, name: str) -> int:
@@ -414,6 +428,15 @@ def check_fits(ignore_index: int, labels: Tensor) -> int:
             f"{labels.dtype} labels, but got {ignore_index}. Convert them with labels.long()."
         )
     return ignore_index
+
+
+def check_values(value: Tensor, name: str) -> None:
+    """Reject a tensor on the meta device where its values are read."""
+    if value.is_meta:
+        raise ValueError(
+            f"Expected `{name}` with values, but got a tensor on the meta device. "
+            "Load or compute them first."
+        )
 
 
 def check_floating(value: Tensor, name: str) -> None:

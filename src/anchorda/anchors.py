@@ -250,6 +250,7 @@ def resize_labels(
     check_choice(mode, "mode", ("nearest", "majority"))
     min_ratio = check_range(min_ratio, "min_ratio", 0.0, 1.0)
     size = check_size(size, labels)
+    ignore_index = check_int(ignore_index, "ignore_index")
     spatial = labels.shape[1:]
     if mode == "majority":
         ignore_index = check_fits(ignore_index, labels)

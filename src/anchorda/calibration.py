@@ -32,6 +32,7 @@ from ._checks import (
     check_same_anchors,
     check_same_labels,
     check_scores,
+    check_values,
 )
 from ._ops.reference import has_float64
 from ._state import move_buffers, receive_state, sent_state
@@ -288,8 +289,10 @@ def warn_unreachable_margins(
     >>> print(caught[0].message)
     No pixel can exceed the minimum margin of these classes, so none will be labeled: 0 (minimum 2.5, limit 2), 1 (minimum 2.5, limit 2). A margin is at most the distance from the class's anchor to the nearest other one; lower the minimum, or let ScoreCalibrator choose it.
     """  # noqa: E501
-    limits = margin_limits(anchors)
-    minimum = as_per_class(min_margin, "min_margin").detach().to(limits)
+    limits, minimum = margin_limits(anchors), as_per_class(min_margin, "min_margin").detach()
+    check_values(limits, "anchors")
+    check_values(minimum, "min_margin")
+    minimum = minimum.to(limits)
     check_per_class(minimum, "min_margin", limits, "anchors", len(limits))
     names = check_class_names(class_names, len(limits))
     unreachable = minimum.isfinite() & (minimum >= limits)
@@ -331,6 +334,8 @@ class AnchorHealth:
     def table(self, class_names: Sequence[str] | None = None) -> str:
         """A line for each class, with C names if given."""
         names = check_class_names(class_names, len(self.counts))
+        check_values(self.limits, "anchors")
+        check_values(self.counts, "counts")
         rows = [("class", "count", "nearest", "distance", "drift", "")]
         for c, name in enumerate(names):
             nearest = int(self.nearest[c])

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import check_sums
+from ._checks import check_sums, described, type_of
 from .anchors import AnchorClusters, CategoryAnchors, ClassSums
 from .calibration import ScoreCalibrator
 from .evaluation import ConfusionMatrix, PseudoLabelQuality
@@ -86,13 +86,15 @@ def all_reduce_class_sums(
             [nan]])
     """
     if not isinstance(class_sums, ClassSums):
-        got = type(class_sums).__name__
+        got = type_of(class_sums)
         raise TypeError(f"Expected `class_sums` to be ClassSums, but got {got}.")
     sums, counts = class_sums
-    shapes = f"sums={tuple(sums.shape)} {sums.dtype}, counts={tuple(counts.shape)} {counts.dtype}"
-    _check_agreement(f"ClassSums({shapes})", sums.device, group)
+    # Compared before they are checked, so that an error is one on every rank.
+    device = sums.device if isinstance(sums, Tensor) else torch.device("cpu")
+    content = f"sums={described(sums)}, counts={described(counts)}"
+    _check_agreement(f"ClassSums({content})", device, group)
     is_soft = isinstance(counts, Tensor) and counts.is_floating_point()
-    check_sums(sums, counts.long() if is_soft else counts, (len(counts), sums.shape[-1]))
+    check_sums(sums, counts.long() if is_soft else counts)
     return ClassSums(_sum(sums, group), _sum(counts if is_soft else counts.long(), group))
 
 

@@ -25,11 +25,11 @@ from ._checks import (
     check_anchor_rows,
     check_anchors,
     check_choice,
+    check_class_ids,
     check_device,
     check_feature_dim,
     check_features,
     check_floating,
-    check_int,
     check_labels,
     check_logits,
     check_pixel_weights,
@@ -472,8 +472,8 @@ def feature_distance_loss(
             raise ValueError("Expected `labels` with `classes`, but got None. Pass their labels.")
         ids = labels.long()
         active = torch.zeros_like(active)
-        for c in classes:
-            active = active | (ids == check_int(c, "classes"))
+        for c in check_class_ids(classes):
+            active = active | (ids == c)
     distances = _ops.map_distances(features, reference.detach())
     return _mean(torch.where(active, distances, 0.0), active, pixel_weights)
 
@@ -836,7 +836,7 @@ class FeatureDistanceLoss(nn.Module):
         super().__init__()
         self.classes: list[int] | None = None
         if classes is not None:
-            self.classes = [check_int(c, "classes") for c in classes]
+            self.classes = check_class_ids(classes)
 
     def forward(
         self,
