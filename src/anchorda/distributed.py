@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import check_sums, described, type_of
+from ._checks import FLOATS, check_sums, described, type_of
 from .anchors import AnchorClusters, CategoryAnchors, ClassSums
 from .calibration import ScoreCalibrator
 from .evaluation import ConfusionMatrix, PseudoLabelQuality
@@ -93,7 +93,7 @@ def all_reduce_class_sums(
     device = sums.device if isinstance(sums, Tensor) else torch.device("cpu")
     content = f"sums={described(sums)}, counts={described(counts)}"
     _check_agreement(f"ClassSums({content})", device, group)
-    is_soft = isinstance(counts, Tensor) and counts.is_floating_point()
+    is_soft = isinstance(counts, Tensor) and counts.dtype in FLOATS
     check_sums(sums, counts.long() if is_soft else counts)
     return ClassSums(_sum(sums, group), _sum(counts if is_soft else counts.long(), group))
 

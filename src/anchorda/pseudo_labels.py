@@ -121,7 +121,9 @@ def anchor_probabilities(
     check_anchors(anchors, features)
     check_similarity(similarity)
     temperature = check_positive(temperature, "temperature")
-    values = similarities(features, anchors, similarity) / temperature
+    values = similarities(features, anchors, similarity)
+    # The largest is subtracted before a small temperature makes all of them infinite.
+    values = (values - values.detach().amax(dim=1, keepdim=True)) / temperature
     # A softmax over no class at all is NaN.
     return torch.where(seen_classes(anchors, features.ndim - 1), values.softmax(dim=1), 0.0)
 
