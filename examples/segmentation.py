@@ -43,7 +43,7 @@ class Options:
     target: Path | None = None  # Folder with images/, and labels/ of those to evaluate on, if any.
     classes: Path | None = None  # Text file, a class a line: `name: id, id`, or `name`.
     predict: Path | None = None  # Write masks of the images in this folder instead of training.
-    size: Annotated[tuple[int, int], tyro.conf.arg(metavar="H W")] = (180, 240)  # Of all images.
+    size: Annotated[tuple[int, int], tyro.conf.arg(metavar="H W")] = (180, 240)  # Size of images.
     network: str = ""  # `module:function`, a network in place of `LightNetwork`.
     labels: Literal["teacher", "agree"] = "teacher"  # All labels, or where the anchors agree.
     control: bool = False  # Also train as many steps on the source alone, to compare with.
