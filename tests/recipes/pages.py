@@ -1,8 +1,11 @@
 """The recipes' pages: their Python runs with the names of a stand-in, block by block."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tests.readme_blocks import python_blocks
 
@@ -21,6 +24,15 @@ def run_block(
     for old, new in (edits or {}).items():
         block = block.replace(old, new)
     exec(compile(block, str(path), "exec"), names)
+
+
+def run_body(page: str, number: int, names: dict[str, Any]) -> Tensor:
+    """What a block returns that is the body of a function; the names are its arguments."""
+    path = RECIPES / page
+    function = "def body():\n" + textwrap.indent(python_blocks(path)[number].lstrip("\n"), "    ")
+    exec(compile(function, str(path), "exec"), names)
+    returned: Tensor = names["body"]()
+    return returned
 
 
 def code_lines(block: str) -> int:
