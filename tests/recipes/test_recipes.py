@@ -21,7 +21,7 @@ def test_every_page_is_listed_and_tested(page: str) -> None:
     # Which blocks the test runs; one in a loop over their numbers counts for each.
     blocks = len(python_blocks(RECIPES / f"{page}.md"))
     loops = re.findall(r"for number in \(([\d, ]+)\)", text)
-    run = {int(number) for number in re.findall(r"run_block\(PAGE, (\d+)", text)}
+    run = {int(number) for number in re.findall(r"run_(?:block|body)\(PAGE, (\d+)", text)}
     run |= {int(number) for numbers in loops for number in numbers.split(",")}
     assert run == set(range(blocks))
     assert f"tests/recipes/{test.name}" in (RECIPES / f"{page}.md").read_text(encoding="utf-8")
