@@ -356,6 +356,7 @@ def test_without_an_anchor_nothing_is_sure() -> None:
     metas: Metas = [{}, {}]
     img, ignored = torch.randn(2, 3, SIZE, SIZE), torch.full((2, 1, SIZE, SIZE), 255)
     uda.forward_train(img, metas, ignored, img.flip(0), metas)
+    assert uda.names["ema_logits"].isfinite().all()
     assert (uda.names["pseudo_weight"] == 0).all()
     assert uda.parsed[0]["loss_anchor"] == uda.parsed[1]["loss_anchor"] == 0
 
