@@ -87,7 +87,6 @@ def main(
         torch.distributed.init_process_group("gloo")
     data, encode = open_data(source, target, classes, size), build_encoder(encoder, device)
     share = Domain(*(part[rank::world] for part in data.source))
-    torch.manual_seed(0)  # of the probe
     batches, began = list[Batch](), time.perf_counter()
     torch.manual_seed(0)  # of the probe
     with torch.no_grad():
