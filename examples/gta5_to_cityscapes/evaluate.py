@@ -104,11 +104,11 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 
 
 class Trained(NamedTuple):
-    """A network and what it was trained with."""
+    """A trained network, its image size and its classes."""
 
     network: Segmenter
     resize: str
-    """What its images are scaled to, "height:144" or "width:2200"."""
+    """The size of its images, "height:144" or "width:2200"."""
     classes: Classes
     evaluated: tuple[int, ...]
     """The classes that its source knows: the truth of others is ignored."""
@@ -196,7 +196,7 @@ def predictions(trained: Trained, paths: Sequence[Path], settings: Settings) -> 
 def scores_of(
     confusion: anchorda.ConfusionMatrix, settings: Settings, trained: Trained
 ) -> dict[str, Any]:
-    """What is reported, as plain values; None where a class does not occur."""
+    """The scores as plain values, None where a class does not occur, and the settings."""
     iou = confusion.iou()
     named = {
         name: None if math.isnan(value) else value

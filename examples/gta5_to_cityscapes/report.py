@@ -190,7 +190,7 @@ def _draw_mious(axes: Axes, mious: Mapping[str, float]) -> None:
         axes.axhline(reference, color="0.4", linestyle="--", linewidth=1.2, label=label)
         axes.legend(loc="lower right")
     axes.set_xlim(-0.4, len(percent) - 0.6)
-    axes.margins(y=0.25)  # room for the numbers, and for the legend below the curve
+    axes.margins(y=0.25)  # for the numbers, and the legend below the curve
     axes.locator_params(axis="y", integer=True)
     axes.set_ylabel("mIoU after each phase (%)")
     axes.grid(axis="y", color=_FAINT, linewidth=0.5)
@@ -263,7 +263,7 @@ def save_label_quality(path: Path, metrics: Path) -> bool:
     """Draw coverage and precision of the pseudo-labels per class, by stage and labeler.
 
     Returns:
-        Whether there was anything to draw; otherwise nothing is written.
+        True if there was anything to draw; otherwise nothing is written.
 
     Raises:
         ValueError: If a line of `metrics` is malformed; the message names file and line.
@@ -308,7 +308,7 @@ def _draw_quality(axes: Axes, quality: Quality, names: Sequence[str]) -> None:
 
 
 class _Metrics(NamedTuple):
-    """What the pictures show of a metrics file; of repeated lines the last one counts."""
+    """The numbers of a metrics file; of repeated lines the last one counts."""
 
     losses: dict[str, dict[int, dict[str, float]]]  # by phase, iteration and term
     mious: dict[str, float]  # by phase

@@ -92,7 +92,7 @@ class Phase:
     score: Callable[[Segmenter], Mapping[str, float]]
     """mIoU by the values of `TrainingSettings.best_by`."""
     held: Mapping[str, object] = field(default_factory=dict)
-    """What else a checkpoint has to hold to resume the phase."""
+    """Other values that a checkpoint stores to resume the phase."""
 
 
 def make_optimizer(

@@ -132,10 +132,10 @@ def load_weights(network: Segmenter, *, whole: str | None, backbone: str | None)
 def freeze_batch_norm(network: nn.Module) -> None:
     """Fix the statistics, the scale and the shift of every batch norm at what they are now.
 
-    Call it before the optimizer is made: what is fixed is no parameter any more.
+    Call it before the optimizer is made: they are buffers then, no parameters.
     """
-    # Other modules take their place, under the same names, rather than the same ones in evaluation
-    # mode: no train(), copy or conversion to synchronized batch norm can thaw them unnoticed.
+    # Other modules of the same names replace them. The same ones in evaluation mode would be thawed
+    # unnoticed by train(), by a copy or by the conversion to synchronized batch norm.
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):

@@ -93,7 +93,7 @@ _Block = type[_Basic] | type[_Bottleneck]
 class _Kind(NamedTuple):
     block: _Block
     counts: tuple[int, int, int, int]
-    """How many blocks each layer has."""
+    """Number of blocks of each layer."""
 
 
 _RESNETS = {
@@ -189,7 +189,7 @@ def _layer(
 
 
 def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """What brings the input of a block to the shape of its output: nothing, if it has it."""
+    """The projection of a block's input to the shape of its output; empty if the shapes agree."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
