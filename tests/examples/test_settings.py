@@ -228,3 +228,15 @@ def test_a_phase_is_cut_at_max_iterations() -> None:
     assert parse_settings(["--max-iterations", "3"]).training.iterations(10) == 3
     assert parse_settings(["--max-iterations", "3"]).training.iterations(2) == 2
     assert parse_settings([]).training.iterations(10) == 10
+
+
+def test_the_flags_of_the_first_release_are_still_there() -> None:
+    first = (
+        "output source target source-format resize crop photometric class-weights network weights "
+        "backbone batch-norm warmup warmup-checkpoint warmup-iterations warmup-batch "
+        "warmup-learning-rate adversarial-weight discriminator-learning-rate baseline stages "
+        "stage-iterations stage-batch stage-learning-rate objective labels margin probability "
+        "distance-weight teacher optimizer weight-decay rise accumulate precision max-iterations "
+        "resume checkpoint-every evaluate-every best-by seed workers threads device compile"
+    )
+    assert {name.replace("_", "-") for name in NAMES} >= set(first.split())
