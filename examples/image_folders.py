@@ -195,6 +195,19 @@ def open_data(source: Path, target: Path, classes_file: Path, size: tuple[int, i
     )
 
 
+def load_weights(path: Path, settings: dict[str, object]) -> dict[str, Tensor]:
+    """Return the weights that a phase has saved.
+
+    Raises:
+        DataError: if they were trained with other settings; it names these.
+    """
+    saved = torch.load(path, "cpu", weights_only=True)
+    if other := {k: v for k, v in saved["settings"].items() if v != settings[k]}:
+        raise DataError(f"{path} was trained with {other}. Resume with the same settings.")
+    weights: dict[str, Tensor] = saved["weights"]
+    return weights
+
+
 def write_scores(path: Path, scores: dict[str, dict[str, float]]) -> None:
     """Write the scores of each network, and print them as a Markdown table in percent."""
     text = json.dumps(scores)
@@ -249,7 +262,7 @@ def draw_pictures(domain: Domain, predictors: Mapping[str, Predictor], classes: 
         column[0].set_title(title)
         for axis, shown in zip(column, maps.cpu(), strict=True):
             if title == "image":
-                axis.imshow(shown)
+                axis.imshow(shown.numpy())
                 axis.set_axis_off()
             else:
                 plot_labels(axis, shown, colors=colors)

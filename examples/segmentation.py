@@ -9,7 +9,7 @@ Target images with a label are for the evaluation alone; if all have one, every 
 
 import copy
 import dataclasses
-import importlib
+import pkgutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,11 +59,7 @@ class Options:
 
 
 class LightNetwork(nn.Module):
-    """EfficientNet-Lite0 with ImageNet weights and a light decoder.
-
-    ``--network`` accepts a function of C that makes any module with the same contract: images
-    (N, 3, H, W) in [0, 1] to features (N, D, h, w) and logits (N, C, h, w).
-    """
+    """EfficientNet-Lite0 with ImageNet weights and a light decoder; `--network` names another."""
 
     def __init__(self, num_classes: int, feature_dim: int = 64) -> None:
         super().__init__()
@@ -80,7 +76,7 @@ class LightNetwork(nn.Module):
         self.classifier = nn.Conv2d(feature_dim, num_classes, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and logits at a quarter of the resolution."""
+        """Return features (N, D, h, w) and logits (N, C, h, w) of images (N, 3, H, W) in [0, 1]."""
         mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
         maps = [normalize(images, mean, std)]
         for part in self.encoder:
@@ -95,9 +91,8 @@ class LightNetwork(nn.Module):
 
 def build_network(name: str, num_classes: int, device: str) -> nn.Module:
     """Return the network of `module:function`, or a `LightNetwork`."""
-    module, _, function = name.partition(":")
     sys.path.append(str(Path.cwd()))
-    build = getattr(importlib.import_module(module), function) if name else LightNetwork
+    build = pkgutil.resolve_name(name) if name else LightNetwork
     network: nn.Module = build(num_classes).to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # is faster
     return network
@@ -143,16 +138,20 @@ Objective = Callable[[nn.Module, Batch, Tensor], Tensor]  # of network, source, 
 BeginStage = Callable[[nn.Module, Data, Options], Objective]  # of the network it starts from
 
 
-def cross_entropy(network: nn.Module, images: Tensor, labels: Tensor, data: Data) -> Tensor:
-    """Return the loss on strongly distorted images; rare classes of the source weigh more."""
-    _, logits = at_full_size(network, distort(images))
+def source_loss(logits: Tensor, labels: Tensor, data: Data) -> Tensor:
+    """Return the cross-entropy on true labels, in which rare classes weigh more."""
     weight = (len(data.classes) * data.frequency).clamp(min=1e-3).rsqrt()
     return anchorda.discriminative_loss(logits, labels, weight=weight.to(logits.device))
 
 
 def source_alone(network: nn.Module, data: Data, options: Options) -> Objective:
     """Begin the warm-up or a stage of the control."""
-    return lambda network, source, target: cross_entropy(network, *crop(*source), data)
+
+    def objective(network: nn.Module, source: Batch, target: Tensor) -> Tensor:
+        images, labels = crop(*source)
+        return source_loss(at_full_size(network, distort(images))[1], labels, data)
+
+    return objective
 
 
 def self_training(network: nn.Module, data: Data, options: Options) -> Objective:
@@ -171,8 +170,11 @@ def self_training(network: nn.Module, data: Data, options: Options) -> Objective
     def objective(network: nn.Module, source: Batch, target: Tensor) -> Tensor:
         source, (target, _) = crop(*source), crop(target, source[1])
         mixed = mix(source, (target, stage(target).labels), classes=len(data.classes) // 2)
-        images, labels = (torch.cat(parts) for parts in zip(source, mixed, strict=True))
-        return cross_entropy(network, images, labels, data)
+        images = distort(torch.cat([source[0], mixed[0]]))
+        on_source, on_mixed = at_full_size(network, images)[1].chunk(2)
+        # Weights here would feed the errors of rare classes: each stage would label more of them.
+        on_target = anchorda.discriminative_loss(on_mixed, mixed[1])
+        return (source_loss(on_source, source[1], data) + on_target) / 2
 
     return objective
 
@@ -222,10 +224,7 @@ def run_phase(
     settings = {name: getattr(options, name) for name in (*fixed, "seed")}
     settings |= {"images": [len(domain.images) for domain in data[1:5]], "classes": data.classes}
     if options.resume and path.exists():
-        saved = torch.load(path, options.device, weights_only=True)
-        if other := {k: v for k, v in saved["settings"].items() if v != settings[k]}:
-            raise DataError(f"{path} was made with {other}: no --resume with other settings.")
-        network.load_state_dict(saved["weights"])
+        network.load_state_dict(image_folders.load_weights(path, settings))
         return network
     torch.manual_seed(options.seed + 1000 * number)
     objective = begin(network, data, options)

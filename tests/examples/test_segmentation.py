@@ -118,6 +118,9 @@ def test_runs_from_folders_to_masks_and_resumes(
     assert json.loads((options.output / "scores.json").read_text()) == scores
     assert (options.output / "phases" / "source only-0.pt").stat().st_mtime_ns == stamp
 
+    with pytest.raises(SystemExit, match=r"trained with \{'rate': 0.001\}"):
+        segmentation.main([*arguments(options), "--resume", "--rate", "0.1"])
+
     write(options.output / "new", "a", size=(60, 80), image="bmp")
     folder = str(options.output / "new" / "images")
     segmentation.main(["--output", str(options.output), "--predict", folder, "--device", "cpu"])
