@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from anchorda._ops import tiles
+from tests.oracles import BLOCKS
 
 settings.register_profile("local", deadline=None, max_examples=20)
 settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
@@ -27,7 +28,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[1, 7, 64, 2**19])
+@pytest.fixture(params=BLOCKS)
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Operators that walk in blocks of this many elements: pixel by pixel to all at once."""
     elements: int = request.param

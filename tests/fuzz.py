@@ -320,6 +320,14 @@ def number(value: Any) -> float:
     raise FaultError(f"accepted {value!r} as a number")
 
 
+def temperature_of(arguments: Arguments) -> float:
+    """The temperature, which float32 must be able to divide by."""
+    temperature = number(arguments["temperature"])
+    if temperature < 1e-30:
+        raise OverflowError("beyond float32")
+    return temperature
+
+
 def per_class(value: Any, num_classes: int) -> list[float]:
     """One number for each class, of a number for all or of one for each."""
     if isinstance(value, (list, tuple)):
@@ -327,7 +335,7 @@ def per_class(value: Any, num_classes: int) -> list[float]:
     elif isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1:
         if isinstance(value, Tensor) and value.dtype not in FLOATS + INTEGERS:
             raise FaultError(f"accepted {value.dtype} for each class")
-        values = [float(v) for v in value]
+        values = [number(v) for v in value]
     else:
         values = [number(value)] * num_classes
     if len(values) != num_classes:
@@ -870,7 +878,7 @@ def _(d: Draw) -> Steps:
     yield
     x, y, anchors = x_of(a["features"]), y_of(a["labels"], a["features"]), a_of(a["anchors"])
     weights = weights_of(a["pixel_weights"], a["features"])
-    temperature = number(a["temperature"])
+    temperature = temperature_of(a)
     probabilities = assignments(x, anchors, a["similarity"], temperature)
     losses = []
     for i, label in enumerate(y):
@@ -901,7 +909,7 @@ def _(d: Draw) -> Steps:
     x, t, anchors = x_of(a["features"]), x_of(a["teacher_probabilities"]), a_of(a["anchors"])
     if not np.isfinite(x).all() or (t < 0).any() or anchors.ndim == 3:
         return
-    temperature = number(a["temperature"])
+    temperature = temperature_of(a)
     expected = oracles.consistency_loss(x, t, anchors, str(a["similarity"]), temperature)
     half = t.size and a["teacher_probabilities"].dtype in (torch.float16, torch.bfloat16)
     close(result, expected, 1.0, 1e-2 if half else 2e-4)
@@ -926,7 +934,7 @@ def _(d: Draw) -> Steps:
     x, y = x_of(a["features"]), y_of(a["labels"], a["features"])
     means, variances = a_of(a["means"]), a_of(a["variances"])
     if np.isfinite(x).all() and not (variances < 0).any():
-        expected = oracles.distribution_loss(x, y, means, variances, number(a["temperature"]))
+        expected = oracles.distribution_loss(x, y, means, variances, temperature_of(a))
         close(result, expected, 1.0, 2e-4)
 
 
@@ -1020,7 +1028,7 @@ def _(d: Draw) -> Steps:
     x, anchors = x_of(a["features"]), a_of(a["anchors"])
     if not np.isfinite(x).all():
         return
-    temperature = number(a["temperature"])
+    temperature = temperature_of(a)
     # A rounded similarity of size s moves a probability by up to s · 1e-6 / temperature.
     size = max(1.0, d.scale * d.scale) * 40 / temperature
     close(rows(result), assignments(x, anchors, a["similarity"], temperature), size, 2e-5)

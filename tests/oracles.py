@@ -7,7 +7,7 @@ Every function takes rows: features ``x (P, D)``, logits ``z (P, C)``, labels ``
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ Labels = npt.NDArray[np.int64]
 SHAPES = [(5,), (0,), (2, 7), (2, 0), (2, 5, 3), (0, 2, 3), (1, 33, 1), (3, 2, 3, 5)]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
+# Elements a block of an operator may hold, from pixel by pixel to all at once.
+BLOCKS = [1, 7, 64, 2**19]
 LAYOUTS = ["contiguous", "transposed", "strided", "channels_last", "expanded"]
 
 
@@ -47,6 +49,18 @@ def draw(
         (3 * torch.randn(n, num_classes, *spatial)).to(dtype),
         2 * torch.randn(num_classes, dim),
     )
+
+
+def pairwise(
+    first: Iterable[Any], second: Iterable[Any], *others: Sequence[Any]
+) -> list[tuple[Any, ...]]:
+    """Rows in which every two values of different axes meet, instead of the product of all.
+
+    The first two axes are crossed and the others turned along them: each must be no longer than
+    those, and no two of the others of one length.
+    """
+    rows_ = itertools.product(enumerate(first), enumerate(list(second)))
+    return [(a, b, *(axis[(i + j) % len(axis)] for axis in others)) for (i, a), (j, b) in rows_]
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:

@@ -11,7 +11,18 @@ from torch import Tensor
 
 import anchorda
 from tests import oracles
-from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
+from tests.oracles import (
+    BLOCKS,
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    SHAPES,
+    draw,
+    flat,
+    lay_out,
+    pairwise,
+    rows,
+)
 
 # Inputs hold at most 24 bits, and products with 0 and 1 are exact: only float64 sums are rounded.
 # Measured: 1e-15 for class sums; 6e-8, one rounding to float32, for image centroids.
@@ -47,10 +58,15 @@ def assert_image_centroids(
         np.testing.assert_array_equal(classes[i], expected_classes)
 
 
-@pytest.mark.usefixtures("block_elements")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dim", "num_classes"), [(3, 4), (1, 1), (5, 2)])
-def test_sums_and_centroids_of_any_shape(shape: Sequence[int], dim: int, num_classes: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "block_elements", "size"),
+    pairwise(SHAPES, BLOCKS, [(3, 4), (1, 1), (5, 2)]),
+    indirect=["block_elements"],
+)
+def test_sums_and_centroids_of_any_shape(
+    shape: Sequence[int], block_elements: int, size: tuple[int, int]
+) -> None:
+    dim, num_classes = size
     problem = draw(shape, dim, num_classes)
     before = problem.features.clone(), problem.labels.clone()
     assert_class_sums(problem.features, problem.labels, num_classes)
@@ -157,9 +173,7 @@ def test_image_centroids_of_nothing_are_connected() -> None:
     assert not features.grad.any()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "layout", "dtype"), pairwise(SHAPES, LAYOUTS, FLOATS))
 def test_keep_correct(shape: Sequence[int], layout: str, dtype: torch.dtype) -> None:
     problem = draw(shape, dtype=dtype)
     logits, labels = lay_out(problem.logits, layout), lay_out(problem.labels, layout)
@@ -197,21 +211,20 @@ RESIZES: list[tuple[Sequence[int], Sequence[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "size"), RESIZES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mode": "nearest"},
-        {"mode": "majority"},
-        {"mode": "majority", "min_ratio": 0.0},
-        {"mode": "majority", "min_ratio": 0.5, "ignore_index": -1},
-        {"mode": "majority", "min_ratio": 1.0},
-    ],
-)
+MODES: list[dict[str, Any]] = [
+    {"mode": "nearest"},
+    {"mode": "majority"},
+    {"mode": "majority", "min_ratio": 0.0},
+    {"mode": "majority", "min_ratio": 0.5, "ignore_index": -1},
+    {"mode": "majority", "min_ratio": 1.0},
+]
+
+
+@pytest.mark.parametrize(("sizes", "options", "layout"), pairwise(RESIZES, MODES, LAYOUTS))
 def test_resize_labels(
-    shape: Sequence[int], size: Sequence[int], layout: str, options: dict[str, Any]
+    sizes: tuple[Sequence[int], Sequence[int]], options: dict[str, Any], layout: str
 ) -> None:
+    shape, size = sizes
     labels = lay_out(torch.tensor([-1, 0, 1, 250])[torch.randint(4, tuple(shape))], layout)
     before = labels.clone()
     resized = anchorda.resize_labels(labels, size, **options)

@@ -1,5 +1,7 @@
-"""Rejections: what was expected, what came, and the likely mend, to the letter."""
+"""Rejections: what was expected, what came, and a likely fix, to the letter."""
 
+import ast
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,10 @@ from anchorda import (
     DiscriminativeLoss,
     ProbabilityPseudoLabeler,
     PseudoLabelQuality,
+    _checks,
 )
+from tests import error_table
+from tests.fuzz import FORM
 
 FEATURES = torch.zeros(2, 3, 4, 5)
 LABELS = torch.zeros(2, 4, 5, dtype=torch.int64)
@@ -489,6 +494,22 @@ def test_device_of_minimum_probability_is_that_of_the_logits() -> None:
 def test_wrong_types_are_rejected_at_the_boundary(call: Callable[[], Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^Expected `"):
         call()
+
+
+def test_the_guide_has_an_example_of_every_error() -> None:
+    guide = error_table.GUIDE.read_text(encoding="utf-8")
+    assert error_table.with_table(guide) == guide, "run python -m tests.error_table"
+    errors = {example: error_table.error_of(example) for example in error_table.EXAMPLES}
+    assert all(FORM.match(str(error)) for error, _ in errors.values())
+    shown = {name for _, names in errors.values() for name in names}
+    tree = ast.parse(inspect.getsource(_checks))
+    raising = {
+        function.name
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef)
+        and any(isinstance(node, ast.Raise) for node in ast.walk(function))
+    }
+    assert raising <= shown, f"no example of {sorted(raising - shown)}"
 
 
 def test_nothing_is_counted_before_it_is_checked() -> None:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from anchorda import _ops
 from anchorda._ops import cpu, reference
-from tests.oracles import LAYOUTS, draw, lay_out
+from tests.oracles import BLOCKS, LAYOUTS, draw, lay_out, pairwise
 
 NAN, INF = float("nan"), float("inf")
 SIZES = [
@@ -72,10 +72,15 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
         torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
 
 
-@pytest.mark.usefixtures("few", "block_elements")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("shape", "dim", "classes"), SIZES)
-def test_any_shape_and_layout(shape: tuple[int, ...], dim: int, classes: int, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "layout", "block_elements", "few"),
+    pairwise(SIZES, LAYOUTS, BLOCKS, ["whole", "few", "few"]),
+    indirect=["block_elements", "few"],
+)
+def test_any_shape_and_layout(
+    size: tuple[tuple[int, ...], int, int], layout: str, block_elements: int, few: str
+) -> None:
+    shape, dim, classes = size
     features, labels, _, anchors = draw(shape, dim, classes)
     features = lay_out(features, layout)
     if classes > 2:

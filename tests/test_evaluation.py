@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anchorda import ConfusionMatrix, PseudoLabelQuality
 from tests import oracles
-from tests.oracles import INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out
+from tests.oracles import INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, pairwise
 
 CLASSES = [ConfusionMatrix, PseudoLabelQuality]
 
@@ -60,10 +60,8 @@ def test_any_shape(shape: Sequence[int], num_classes: int) -> None:
     assert_results(expected, confusion, quality)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_dtype_and_layout(kind: type[Any], dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize(("dtype", "layout", "kind"), pairwise(INTEGERS, LAYOUTS, CLASSES))
+def test_any_dtype_and_layout(dtype: torch.dtype, layout: str, kind: type[Any]) -> None:
     labels, predictions = torch.randint(7, (2, 3, 4, 5)).to(dtype)
     labels, predictions = lay_out(labels, layout), lay_out(predictions, layout)
     state = kind(5)

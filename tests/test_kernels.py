@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import anchorda
 from anchorda import _ops
 from anchorda._ops import reference
 from tests import oracles
-from tests.oracles import flat, lay_out, rows
+from tests.oracles import flat, lay_out, pairwise, rows
 
 triton = pytest.importorskip("triton", "3.3", reason="there is no Triton that the kernels run with")
 from anchorda._ops import kernels  # noqa: E402
@@ -196,19 +197,18 @@ def test_labels_of_any_dtype_and_stride(dtype: torch.dtype, device: str) -> None
     assert torch.equal(loss, dense)
 
 
-@pytest.mark.parametrize("layout", VIEWABLE)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distance", ["euclidean", "squared", "smooth_l1"])
-@pytest.mark.parametrize(("shape", "dim", "classes"), SIZES)
+@pytest.mark.parametrize(
+    ("size", "distance", "layout", "dtype"),
+    pairwise(SIZES, get_args(anchorda.losses.Distance), VIEWABLE, DTYPES),
+)
 def test_distance_loss_and_gradient(
-    shape: tuple[int, ...],
-    dim: int,
-    classes: int,
+    size: tuple[tuple[int, ...], int, int],
     distance: anchorda.losses.Distance,
-    dtype: torch.dtype,
     layout: str,
+    dtype: torch.dtype,
     device: str,
 ) -> None:
+    shape, dim, classes = size
     features, labels, anchors = draw(shape, dim, classes, dtype, device)
     features = lay_out(features, layout).detach().requires_grad_()
     loss = anchorda.anchor_distance_loss(features, labels, anchors, distance=distance)

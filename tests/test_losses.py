@@ -13,7 +13,18 @@ import anchorda
 from anchorda._similarity import Similarity
 from anchorda.losses import Average, Distance
 from tests import oracles
-from tests.oracles import FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
+from tests.oracles import (
+    BLOCKS,
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    SHAPES,
+    draw,
+    flat,
+    lay_out,
+    pairwise,
+    rows,
+)
 
 # Measured: 1.7e-7 relative, a few roundings to float32.
 RELATIVE_TOLERANCE = 2e-6
@@ -128,10 +139,13 @@ def assert_losses(features: Tensor, labels: Tensor, anchors: Tensor, logits: Ten
         np.testing.assert_allclose(loss.item(), expected, rtol=RELATIVE_TOLERANCE, atol=1e-7)
 
 
-@pytest.mark.usefixtures("block_elements")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dim", "num_classes"), [(3, 4), (1, 1), (6, 2)])
-def test_any_shape(shape: Sequence[int], dim: int, num_classes: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "block_elements", "size"),
+    pairwise(SHAPES, BLOCKS, [(3, 4), (1, 1), (6, 2)]),
+    indirect=["block_elements"],
+)
+def test_any_shape(shape: Sequence[int], block_elements: int, size: tuple[int, int]) -> None:
+    dim, num_classes = size
     features, labels, logits, anchors = draw(shape, dim, num_classes)
     before = [tensor.clone() for tensor in (features, labels, logits, anchors)]
     assert_losses(features, labels, anchors, logits)
@@ -170,10 +184,12 @@ def test_unseen_class_contributes_nothing(unseen: list[int], marker: float) -> N
         assert not torch.where(active[:, None], 0.0, grad).any()
 
 
-@pytest.mark.usefixtures("block_elements")
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_in_float64(loss: Loss, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("loss", "layout", "block_elements"),
+    pairwise(LOSSES, LAYOUTS, BLOCKS),
+    indirect=["block_elements"],
+)
+def test_gradient_in_float64(loss: Loss, layout: str, block_elements: int) -> None:
     features, labels, _, anchors = draw((2, 3, 2), dtype=torch.float64)
     anchors[1] = NAN
     features = lay_out(features, layout).detach().requires_grad_()
@@ -213,9 +229,10 @@ def test_gradient_of_the_contrastive_loss_at_an_anchor_is_that_of_the_others() -
     torch.testing.assert_close(gradient(loss, features), expected)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(4,), (2, 3, 2), (0,), (2, 0, 3)])
-@pytest.mark.parametrize("label", [-1, 255, 2])
+@pytest.mark.parametrize(
+    ("loss", "shape", "label"),
+    pairwise(LOSSES, [(4,), (2, 3, 2), (0,), (2, 0, 3)], [-1, 255, 2]),
+)
 def test_nothing_active_is_a_zero_that_is_connected(
     loss: Loss, shape: Sequence[int], label: int
 ) -> None:
@@ -242,11 +259,13 @@ def test_classes_without_weight_are_nothing_to_average() -> None:
     assert not gradient(loss, logits).any()
 
 
-@pytest.mark.usefixtures("block_elements")
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    ("loss", "block_elements", "value"),
+    pairwise(LOSSES, BLOCKS, [NAN, INF, -INF]),
+    indirect=["block_elements"],
+)
 def test_not_finite_propagates_where_active_and_never_where_ignored(
-    loss: Loss, value: float
+    loss: Loss, block_elements: int, value: float
 ) -> None:
     features, labels, _, anchors = draw((2, 4, 3))
     labels[0, 0, 0], labels[1, 2, 1] = 255, 1
@@ -274,11 +293,11 @@ def test_not_finite_propagates_where_active_and_never_where_ignored(
     torch.testing.assert_close(grad, clean_grad)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("loss", "layout", "dtype"), pairwise(LOSSES, LAYOUTS, [torch.bfloat16, torch.float16])
+)
 def test_half_precision_gives_the_answer_of_the_same_rounded_float32(
-    loss: Loss, dtype: torch.dtype, layout: str
+    loss: Loss, layout: str, dtype: torch.dtype
 ) -> None:
     features, labels, _, anchors = draw((2, 5, 3), dtype=dtype)
     half = lay_out(features, layout).detach().requires_grad_()

@@ -13,7 +13,7 @@ import anchorda
 from anchorda import AnchorPseudoLabeler, ProbabilityPseudoLabeler
 from anchorda._ops import reference
 from tests import oracles
-from tests.oracles import FLOATS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
+from tests.oracles import BLOCKS, FLOATS, LAYOUTS, SHAPES, draw, flat, lay_out, pairwise, rows
 
 # Measured: 5e-7, one rounding to float32 of distances up to 8, and two in a margin.
 TOLERANCE = 2e-6
@@ -47,10 +47,13 @@ def assert_margin_labels(
     assert not np.all(unsure) or not len(unsure)
 
 
-@pytest.mark.usefixtures("block_elements")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dim", "num_classes"), [(3, 4), (1, 1), (1, 3), (6, 2)])
-def test_any_shape(shape: Sequence[int], dim: int, num_classes: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "block_elements", "size"),
+    pairwise(SHAPES, BLOCKS, [(3, 4), (1, 1), (1, 3), (6, 2)]),
+    indirect=["block_elements"],
+)
+def test_any_shape(shape: Sequence[int], block_elements: int, size: tuple[int, int]) -> None:
+    dim, num_classes = size
     features, _, _, anchors = draw(shape, dim, num_classes)
     before = features.clone(), anchors.clone()
     assert_distances(features, anchors)
@@ -219,10 +222,8 @@ def test_nothing_is_differentiable_in_the_anchors_or_through_a_labeler() -> None
     assert not ProbabilityPseudoLabeler()(logits).scores.requires_grad
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_probability_labels(shape: Sequence[int], dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize(("shape", "layout", "dtype"), pairwise(SHAPES, LAYOUTS, FLOATS))
+def test_probability_labels(shape: Sequence[int], layout: str, dtype: torch.dtype) -> None:
     logits = lay_out(draw(shape, dtype=dtype).logits, layout)
     before = logits.clone()
     for minimum in ([0.7] * 4, [0.5, 0.9, 1.0, 0.3]):

@@ -14,7 +14,7 @@ import anchorda
 from anchorda._ops import cpu, reference
 from anchorda.losses import Distance
 from tests import oracles
-from tests.oracles import FLOATS, LAYOUTS, Array, draw, flat, lay_out, rows
+from tests.oracles import FLOATS, LAYOUTS, Array, draw, flat, lay_out, pairwise, rows
 
 NAN, INF = math.nan, math.inf
 # As in the tests of one anchor a class: one rounding to float32 of distances, two in a margin.
@@ -65,12 +65,13 @@ def test_distances_and_labels(shape: Sequence[int]) -> None:
             assert label == (k if margin > 0.3 else 255) or abs(margin - 0.3) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("distance", get_args(Distance))
-@pytest.mark.parametrize("block_elements", [7, 2**19], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "layout", "distance", "block_elements"),
+    pairwise(FLOATS, LAYOUTS, get_args(Distance), [7, 2**19]),
+    indirect=["block_elements"],
+)
 def test_distance_loss(
-    distance: Distance, layout: str, dtype: torch.dtype, block_elements: int
+    dtype: torch.dtype, layout: str, distance: Distance, block_elements: int
 ) -> None:
     features, labels, anchors = draw_several((2, 4, 3), dtype)
     features = lay_out(features, layout)

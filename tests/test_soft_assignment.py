@@ -11,7 +11,7 @@ import torch
 import anchorda
 from anchorda._similarity import Similarity
 from tests import oracles
-from tests.oracles import FLOATS, LAYOUTS, SHAPES, draw, lay_out, rows
+from tests.oracles import FLOATS, LAYOUTS, SHAPES, draw, lay_out, pairwise, rows
 
 # Measured: 6e-7 of a probability; 2e-6 of one that float32 distances of up to 8 are squared for.
 TOLERANCE = 5e-6
@@ -35,10 +35,8 @@ def test_any_shape(kind: Similarity, shape: Sequence[int]) -> None:
     np.testing.assert_allclose(rows(probabilities), expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_and_dtype(kind: Similarity, dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize(("dtype", "layout", "kind"), pairwise(FLOATS, LAYOUTS, KINDS))
+def test_any_layout_and_dtype(dtype: torch.dtype, layout: str, kind: Similarity) -> None:
     features, _, _, anchors = draw((3, 4, 5), dtype=dtype)
     features = lay_out(features, layout)
     with torch.autocast("cpu", dtype=torch.bfloat16):

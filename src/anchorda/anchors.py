@@ -30,6 +30,7 @@ from ._checks import (
     check_same_pixels,
     check_size,
     check_sums,
+    check_values,
 )
 from ._ops.majority import majority
 from ._ops.reference import has_float64
@@ -393,6 +394,7 @@ class CategoryAnchors(nn.Module):
                     f"`centroids`, but got {tuple(weights.shape)}."
                 )
             check_device(weights, "counts", rows, "centroids")
+            check_values(rows, "centroids")
             weights = torch.where(finite, weights.to(anchors.counts), 0)
             if (weights < 0).any():
                 raise ValueError(

@@ -263,7 +263,8 @@ class StageLabeler(nn.Module):
         return StageLabels(labels, by_anchor, by_probability)
 
     def _check_labelers(self) -> None:
-        """Reject labelers that do not fit: they may be assigned at any time."""
+        """Reject a rule and labelers that do not fit: they may be assigned at any time."""
+        check_choice(self.rule, "rule", get_args(Rule))
         for name, kind in (
             ("by_anchor", AnchorPseudoLabeler),
             ("by_probability", ProbabilityPseudoLabeler),
