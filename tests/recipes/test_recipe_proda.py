@@ -279,6 +279,8 @@ def test_two_steps(n: SimpleNamespace, prototypes: Tensor) -> None:
         for name, value in n.self.BaseNet_ema.state_dict().items():
             other = model.BaseNet_ema.state_dict()[name]
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+        for old, new in zip(n.self.BaseNet_ema.buffers(), n.self.BaseNet.buffers(), strict=True):
+            assert torch.equal(old, new)
         for name, value in n.self.BaseNet.state_dict().items():
             other = model.BaseNet.state_dict()[name]
             torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-5)
