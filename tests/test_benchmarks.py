@@ -12,6 +12,7 @@ import pytest
 import startup
 import step
 import torch
+from family import FAMILY
 from operators import OPERATORS, OURS, Answer, Case, Inputs, measure
 from settings import parse_settings
 
@@ -38,11 +39,11 @@ def test_ours_are_accepted_in_every_layout_and_dtype(name: str, case: Case) -> N
     assert (inputs.features.stride(1) == 1) == (case.layout != "NCHW")
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [*OPERATORS, *FAMILY])
 def test_all_contenders_are_accepted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = measure(name, OPERATORS[name], SMALL, "cpu", repeats=1)
-    accepted = [row.contender for row in rows]
-    assert accepted == [OPERATORS[name].floor_name, *OPERATORS[name].contenders]
+    operator = (OPERATORS | FAMILY)[name]
+    rows = measure(name, operator, SMALL, "cpu", repeats=1)
+    assert [row.contender for row in rows] == [operator.floor_name, *operator.contenders]
     assert capsys.readouterr().out == ""
 
 
