@@ -66,6 +66,11 @@ class Data(NamedTuple):
     evaluation: Domain
     frequency: Tensor  # (C,) of the classes among the labeled pixels of the source
 
+    def class_weights(self) -> Tensor:
+        """Return larger weights (C,) for rarer classes, 1 on average over the source's pixels."""
+        weights = (len(self.classes) * self.frequency).clamp(min=1e-3).rsqrt()
+        return weights / (weights @ self.frequency)
+
 
 def read_classes(path: Path) -> Classes:
     """Return the ids of each class."""

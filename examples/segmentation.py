@@ -31,7 +31,9 @@ from tqdm import tqdm
 
 import anchorda
 import image_folders
-from image_folders import Batch, Data, DataError, Domain, open_data
+from image_folders import IGNORE, Batch, Data, DataError, Domain, open_data
+
+MARK = 256  # added to pseudo-labels, to tell them from pasted true labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +125,7 @@ def distort(images: Tensor) -> Tensor:
 
 def mix(source: Batch, target: Batch, classes: int) -> Batch:
     """Paste pixels of some classes of a source image into a target image (arXiv 2007.08702)."""
-    paste = K.RandomTransplantation(
-        excluded_labels=[image_folders.IGNORE], data_keys=["input", "mask"]
-    )
+    paste = K.RandomTransplantation(excluded_labels=[IGNORE], data_keys=["input", "mask"])
     images, labels = (torch.cat(parts) for parts in zip(target, source, strict=True))
     acceptors, donors = torch.arange(len(images)).chunk(2)
     for _ in range(classes):
@@ -138,18 +138,14 @@ Objective = Callable[[nn.Module, Batch, Tensor], Tensor]  # of network, source, 
 BeginStage = Callable[[nn.Module, Data, Options], Objective]  # of the network it starts from
 
 
-def source_loss(logits: Tensor, labels: Tensor, data: Data) -> Tensor:
-    """Return the cross-entropy on true labels, in which rare classes weigh more."""
-    weight = (len(data.classes) * data.frequency).clamp(min=1e-3).rsqrt()
-    return anchorda.discriminative_loss(logits, labels, weight=weight.to(logits.device))
-
-
 def source_alone(network: nn.Module, data: Data, options: Options) -> Objective:
     """Begin the warm-up or a stage of the control."""
+    weights = data.class_weights().to(options.device)
 
     def objective(network: nn.Module, source: Batch, target: Tensor) -> Tensor:
         images, labels = crop(*source)
-        return source_loss(at_full_size(network, distort(images))[1], labels, data)
+        _, logits = at_full_size(network, distort(images))
+        return anchorda.discriminative_loss(logits, labels, weight=weights)
 
     return objective
 
@@ -166,15 +162,20 @@ def self_training(network: nn.Module, data: Data, options: Options) -> Objective
     else:
         unused = anchors.compute()
         stage = anchorda.StageLabeler(network, unused, rule="probability", extract=at_full_size)
+    weights = data.class_weights().to(options.device)
 
     def objective(network: nn.Module, source: Batch, target: Tensor) -> Tensor:
         source, (target, _) = crop(*source), crop(target, source[1])
-        mixed = mix(source, (target, stage(target).labels), classes=len(data.classes) // 2)
-        images = distort(torch.cat([source[0], mixed[0]]))
-        on_source, on_mixed = at_full_size(network, images)[1].chunk(2)
-        # Weights here would feed the errors of rare classes: each stage would label more of them.
-        on_target = anchorda.discriminative_loss(on_mixed, mixed[1])
-        return (source_loss(on_source, source[1], data) + on_target) / 2
+        pseudo = stage(target).labels + MARK
+        mixed, marked = mix(source, (target, pseudo), classes=len(data.classes) // 2)
+        _, logits = at_full_size(network, distort(torch.cat([source[0], mixed])))
+        on_source, on_mixed = logits.chunk(2)
+        loss = anchorda.discriminative_loss(on_source, source[1], weight=weights)
+        # Only true labels are weighted: on pseudo-labels, errors of rare classes would grow.
+        labels, is_pseudo = marked % MARK, marked >= MARK
+        of_pixels = torch.where(is_pseudo, 1.0, weights[labels.clamp(max=len(weights) - 1)])
+        mixed_loss = anchorda.discriminative_loss(on_mixed, labels, pixel_weights=of_pixels)
+        return (loss + mixed_loss) / 2
 
     return objective
 
