@@ -809,17 +809,6 @@ def loss_arguments(d: Draw) -> Arguments:
     }
 
 
-def nearest_own(x: Array, y: Labels, a: Array) -> Array:
-    """Anchors (P, C, D) of each row's own: of several of a class the nearest."""
-    if a.ndim == 2:
-        return np.broadcast_to(a, (len(x), *a.shape))
-    chosen = np.empty((len(x), a.shape[0], a.shape[2]))
-    for i, c in np.ndindex(len(x), a.shape[0]):
-        distances = oracles.anchor_distances(x[i : i + 1], a[c])[0]
-        chosen[i, c] = a[c, int(np.argmin(np.where(np.isnan(distances), 0.0, distances)))]
-    return chosen
-
-
 @target("anchor_distance_loss", "AnchorDistanceLoss")
 def _(d: Draw) -> Steps:
     a = yield {
@@ -847,12 +836,12 @@ def _(d: Draw) -> Steps:
 def _per_row_loss(
     x: Array, y: Labels, a: Array, kind: str, average: str, weights: Array | None
 ) -> float:
-    """The distance loss to the nearest of several anchors."""
-    own = nearest_own(x, y, a)
+    """The distance loss to the nearest of several anchors, in the distance that it averages."""
     of_class: dict[int, list[float]] = {}
     for i, label in enumerate(y):
-        if 0 <= label < a.shape[0] and np.isfinite(own[i, label]).all():
-            loss = oracles.pixel_distance(x[i], own[i, label], kind)
+        if 0 <= label < len(a) and np.isfinite(a[label]).all(axis=1).any():
+            own = a[label][np.isfinite(a[label]).all(axis=1)]
+            loss = float(np.min([oracles.pixel_distance(x[i], anchor, kind) for anchor in own]))
             of_class.setdefault(int(label), []).append(
                 loss * (1 if weights is None else weights[i])
             )
