@@ -23,7 +23,7 @@ from tests.recipes.pages import run_block
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
-NUM_CLASSES, DIM, SECONDS = 4, 5, 180
+NUM_CLASSES, DIM, SECONDS = 4, 5, 300
 PAGE = "lightning.md"
 Batches = list[tuple[Tensor, Tensor]]
 
