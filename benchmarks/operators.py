@@ -1,6 +1,7 @@
 """What the operators cost, as ratios to a floor of the same run, beside what one would use instead.
 
     python benchmarks/operators.py --output runs/bench        # or: make bench
+    python benchmarks/operators.py --busy 2                   # beside two busy processes
     python benchmarks/operators.py --device cuda --pixels 8 128 224
 
 The floor of labeling and class sums is the bare product of the features, in their own dtype and
@@ -9,8 +10,12 @@ gradient, is one copy of the features. Contenders take turns, so that a noisy mo
 them, and one whose answers differ from float64 is not reported. Each is called a few times before
 it is timed, and then `--repeats` times; on CUDA the device is waited for before and after every
 call, so that what it costs to launch a call is part of it. Faiss, PyKeOps and a compiler are used
-where they are. Extra memory is what torch allocates at the peak of a call, the result included, as
-a fraction of the features: Faiss and PyKeOps allocate some besides.
+where they are. On a CPU, ours are also timed on one thread of torch. Extra memory is the most that
+the process holds during a call beyond what it held before, the result included, as a fraction of
+the features; it is measured in Linux, and on CUDA, where it is what torch allocates.
+
+`--busy K` keeps K other processes busy, each with one core as far as it gets one, as the workers of
+a loader do; then only the contenders are compared.
 
 Three tables in Markdown go to the terminal: all contenders; our operators by layout and dtype; and
 by the number of pixels, channels and classes, and by how near the features lie to their anchors.
@@ -22,7 +27,8 @@ for each measurement:
 - ms, low, high: the median, tenth and ninetieth percentile of the milliseconds of a call;
 - ratio, memory: of the median to the floor's, of the extra memory to the features';
 - features, layout, dtype, pixels, dim, classes, spread: what it was measured on;
-- machine, device, threads, python, torch, numpy, anchorda: where it was measured.
+- machine, cores, device, threads, busy, python, torch, numpy, anchorda: where it was measured, and
+  beside how many busy processes.
 """
 
 import argparse
@@ -34,8 +40,11 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,11 +56,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from seeds import markdown
 from torch import Tensor
-from torch.autograd.profiler import profile
 
 import anchorda
 
 OURS = "anchorda"
+ON_ONE_THREAD = "anchorda, one thread"
 MIN_MARGIN = 2.8  # half of the pixels of 256 channels and 19 classes exceed it
 IGNORE = 256  # beyond all classes that are measured
 EITHER = -1  # where any label is right
@@ -387,22 +396,26 @@ def is_right(answer: Answer, truth: Answer) -> bool:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The memory that torch allocates for a call at its peak, beyond what was there."""
+    """The most memory that a call holds beyond what was held before; −1 where unknown."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
-    with profile(profile_memory=True) as recorded:
-        run()
-    held = peak = 0
-    events = recorded.kineto_results.events()
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    if platform.libc_ver()[0] != "glibc" or not Path("/proc/self/clear_refs").exists():
+        return -1
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak is now what is held
+    run()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(kind: str) -> int:
+    """What this process holds, VmRSS, or has held at most, VmHWM."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    (line,) = (line for line in lines if line.startswith(kind))
+    return 1024 * int(line.split()[1])
 
 
 def return_freed_memory() -> None:
@@ -481,6 +494,29 @@ def measure(
     return rows
 
 
+def on_one_thread(run: Contender, inputs: Inputs) -> Answer:
+    """A contender where torch has one thread."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return run(inputs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Processes that compute all the time."""
+    command = [sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 def layouts(shape: tuple[int, ...]) -> list[Case]:
     """Every layout in every dtype."""
     return [
@@ -535,8 +571,8 @@ def our_table(rows: list[Measurement], down: tuple[str, ...], across: str) -> st
     return markdown([*down, *columns], body)
 
 
-def place(device: str) -> dict[str, str]:
-    """Where it was measured."""
+def place(device: str, busy: int) -> dict[str, str]:
+    """Where it was measured, and beside how many busy processes."""
     machine = platform.processor() or platform.machine()
     cpu = Path("/proc/cpuinfo")
     if device == "cuda":
@@ -547,8 +583,10 @@ def place(device: str) -> dict[str, str]:
         machine = names[0] if names else machine
     return {
         "machine": machine,
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ""),
         "device": device,
         "threads": str(torch.get_num_threads()),
+        "busy": str(busy),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -620,22 +658,29 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pixels", type=int, nargs=3, default=(2, 128, 224), metavar="N H W")
     parser.add_argument("--repeats", type=int, help="15 on a CPU, 100 on CUDA")
+    parser.add_argument("--busy", type=int, default=0, metavar="K", help="other busy processes")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     device, shape = options.device, tuple(options.pixels)
     repeats = options.repeats or (100 if device == "cuda" else 15)
-    where = place(device)
+    where = place(device, options.busy)
     return_freed_memory()
     print(", ".join(f"{key} {value}" for key, value in where.items()) + "\n", flush=True)
 
-    labeling = OPERATORS["labeling"]
-    more = labeling._replace(contenders=labeling.contenders | optional_labelers(device))
     tables: dict[str, list[Measurement]] = {"contenders": []}
-    for name, operator in (OPERATORS | {"labeling": more}).items():
-        tables["contenders"] += measure(name, operator, Case(shape), device, repeats)
+    with busy_processes(options.busy):
+        for name, operator in OPERATORS.items():
+            more = optional_labelers(device) if name == "labeling" else {}
+            if device == "cpu":
+                more[ON_ONE_THREAD] = partial(on_one_thread, operator.contenders[OURS])
+            compared = operator._replace(contenders=operator.contenders | more)
+            tables["contenders"] += measure(name, compared, Case(shape), device, repeats)
     first = tables["contenders"][0]
     print(f"Features {first.features}, {first.dtype}, {first.classes} classes:\n")
     print(contender_table(tables["contenders"]), flush=True)
+    if options.busy:
+        save_csv(options.output / "operators.csv", tables, where)
+        return
 
     for table, cases in {"layouts": layouts(shape), **sweeps(shape)}.items():
         tables[table] = [

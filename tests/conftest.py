@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from anchorda._ops import tiles
+from anchorda._ops import blocks
 from tests.oracles import BLOCKS
 
 settings.register_profile("local", deadline=None, max_examples=20)
@@ -32,8 +32,8 @@ def _seed() -> None:
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Operators that walk in blocks of this many elements: pixel by pixel to all at once."""
     elements: int = request.param
-    monkeypatch.setattr(tiles, "_BLOCK_BYTES_CPU", 8 * elements)
-    monkeypatch.setattr(tiles, "_TILE_PIXELS", min(elements, 128))
+    monkeypatch.setattr(blocks, "_PART_BYTES_CPU", 8 * elements)
+    monkeypatch.setattr(blocks, "_BLOCK_PIXELS_CPU", max(1, elements // 3))
     return elements
 
 

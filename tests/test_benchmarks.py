@@ -100,14 +100,30 @@ def test_ours_are_refused_too_where_they_are_wrong() -> None:
         measure("class sums", operator, SMALL, "cpu", repeats=1)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measured in Linux alone")
 def test_peak_bytes_is_the_most_that_is_held_at_once() -> None:
     def run() -> None:
-        first = torch.ones(1000)
-        second = torch.ones(500, dtype=torch.float64)
+        first = torch.ones(2**24)
+        second = torch.ones(2**23, dtype=torch.float64)
         del first, second
-        torch.ones(1500)
+        torch.ones(3 * 2**23)
 
-    assert operators.peak_bytes(run, "cpu") == 8000
+    run()
+    assert abs(operators.peak_bytes(run, "cpu") - 2**27) < 2**21
+
+
+def test_a_busy_run_writes_the_contenders_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "optional_labelers", lambda device: {})
+    arguments = ["--pixels", "1", "6", "7", "--repeats", "1", "--busy", "1"]
+    monkeypatch.setattr(sys, "argv", ["operators.py", *arguments, "--output", str(tmp_path)])
+    operators.main()
+    with (tmp_path / "operators.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["table"], row["busy"]) for row in rows} == {("contenders", "1")}
+    of_ours = [row["operator"] for row in rows if row["contender"] == "anchorda, one thread"]
+    assert of_ours == list(OPERATORS)
 
 
 def test_a_run_writes_the_documented_columns_and_a_picture(

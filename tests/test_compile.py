@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import anchorda
-from anchorda import _ops
-from anchorda._ops import cpu
+from anchorda._ops import choice
 from tests.oracles import draw
 
 NUM_CLASSES = 4
@@ -257,7 +256,7 @@ OPERATORS: list[tuple[str, Callable[[list[Tensor]], tuple[Any, ...]]]] = [
 ]
 
 
-@pytest.mark.parametrize("many", [0, cpu._MANY])
+@pytest.mark.parametrize("few", [0, choice._FEW_ELEMENTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("name", "select"), OPERATORS, ids=[name for name, _ in OPERATORS])
 # The check of torch 2.14 warns of itself.
@@ -266,17 +265,17 @@ def test_operators_keep_the_rules(
     name: str,
     select: Callable[[list[Tensor]], tuple[Any, ...]],
     dtype: torch.dtype,
-    many: int,
+    few: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu, "_MANY", many)
+    monkeypatch.setattr(choice, "_FEW_ELEMENTS", few)
     problem = arguments(dtype=dtype)
     # All classes seen: the check compares gradients of all results, and takes NaN for different.
     inputs = select([*problem[:3], problem[3].nan_to_num(1.0)])
-    torch.library.opcheck(getattr(_ops, name), inputs)
+    torch.library.opcheck(getattr(torch.ops.anchorda, name).default, inputs)
     if "sums" not in name:
         inputs = select([*problem[:3], several(problem[3].nan_to_num(1.0))])
-        torch.library.opcheck(getattr(_ops, name), inputs)
+        torch.library.opcheck(getattr(torch.ops.anchorda, name).default, inputs)
 
 
 def test_results_on_the_meta_device_have_the_shapes_and_dtypes_of_real_ones() -> None:

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from anchorda import _ops
-from anchorda._ops import cpu, reference
-from tests.oracles import BLOCKS, LAYOUTS, draw, lay_out, pairwise
+from anchorda._ops import blocks, choice, cpu, reference
+from tests import oracles
+from tests.oracles import BLOCKS, LAYOUTS, draw, flat, lay_out, pairwise, rows
 
 NAN, INF = float("nan"), float("inf")
 SIZES = [
@@ -140,12 +142,11 @@ def test_no_choice_is_left_to_rounding() -> None:
 def test_the_reference_computes_what_is_in_doubt_and_no_more(layout: str) -> None:
     features, labels, anchors = easy()
     features = lay_out(features, layout)
-    whole, two = tuple(features.shape), (2, 64)
+    whole, two = (2, 64, 128), (2, 64)
 
     def called() -> list[list[tuple[int, ...]]]:
         with (
             calls_of("nearest_anchors") as nearest,
-            calls_of("pixel_losses") as offsets,
             calls_of("contrastive_losses") as losses,
             calls_of("contrastive_losses_backward") as grads,
         ):
@@ -155,19 +156,20 @@ def test_the_reference_computes_what_is_in_doubt_and_no_more(layout: str) -> Non
                 torch.ones_like(of_pixels), distances, features, labels, anchors, 1.0
             )
         assert_same(found, reference.nearest_anchors(features, anchors))
-        return [nearest, offsets, losses, grads]
+        return [nearest, losses, grads]
 
-    assert called() == [[], [], [], []]
+    assert called() == [[], [], []]
     # Two at their anchors.
     features[1, :, 2, 3] = anchors[labels[1, 2, 3]]
     features[0, :, 7, 15] = anchors[labels[0, 7, 15]] + 1e-3
-    assert called() == [[two], [], [two], [two]]
-    # Many; but there is no doubt which anchor it is.
+    assert called() == [[two], [two], [two]]
+    # Many: all of their block, and of two blocks if each image is one.
     features[0, :, :4] = anchors[labels[0, :4]].movedim(-1, 0)
-    assert called() == [[], [whole], [whole], [whole]]
-    # Two between two anchors, besides.
-    features[1, :, 4, 4:6] = anchors[:2].mean(dim=0)[:, None]
-    assert called() == [[two], [whole], [whole], [whole]]
+    assert called() == [[whole], [whole], [whole]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_BLOCK_PIXELS_CPU", 128)
+        patch.setattr(blocks, "_PART_BYTES_CPU", 128 * 4 * 65)
+        assert called() == [[(1, 64, 128), (1, 64)]] * 3
 
 
 def test_the_second_distance_is_measured_as_well_as_the_first() -> None:
@@ -177,17 +179,6 @@ def test_the_second_distance_is_measured_as_well_as_the_first() -> None:
     found, expected = (of.nearest_anchors(features, anchors) for of in (cpu, reference))
     assert_same(found, expected)
     assert (expected[2][0, :4] < 0.12).all()
-
-
-def test_all_are_computed_by_the_reference_where_doubts_are_not_few() -> None:
-    features, _, anchors = easy()
-    anchors[1] = anchors[0]
-    features[0, :, :4] = anchors[0][:, None, None] + 0.1 * features[0, :, :4]
-    with calls_of("nearest_anchors") as calls:
-        labels, nearest, second = cpu.nearest_anchors(features, anchors)
-    assert calls == [tuple(features.shape)]
-    assert (labels[0, :4] == 0).all()
-    assert torch.equal(nearest[0, :4], second[0, :4])
 
 
 def test_pixels_without_a_label_are_in_no_doubt_for_the_loss() -> None:
@@ -236,25 +227,36 @@ def test_results_do_not_depend_on_the_default_dtype() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_only_where_it_is_faster_and_as_precise() -> None:
+def chosen(name: str, features: Tensor) -> str:
+    """The module that computes an operator, by its name."""
+    return choice.module_for(name, features).__name__.rpartition(".")[2]
+
+
+PRODUCTS = "nearest_anchors", "contrastive_losses", "contrastive_losses_backward"
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_only_where_it_is_faster_and_as_precise(name: str) -> None:
     features = torch.randn(2**17, 4)
-    assert cpu.adds(features)
-    assert cpu.multiplies(features)
-    assert cpu.multiplies(features.half())
-    assert cpu.adds(features[1:])
-    assert not cpu.multiplies(features[1:])
-    for other in (features.double(), features.to("meta")):
-        assert not cpu.adds(other)
-        assert not cpu.multiplies(other)
+    assert chosen(name, features) == chosen(name, features.half()) == "cpu"
+    for other in (features[1:], features.double(), features.to("meta")):
+        assert chosen(name, other) == "reference"
     try:
         torch.set_float32_matmul_precision("medium")
-        assert cpu.adds(features)
-        assert not cpu.multiplies(features)
+        assert chosen(name, features) == "reference"
+        assert chosen("class_sums", features) == "cpu"
         with calls_of("nearest_anchors") as calls:
             _ops.nearest_anchors(features, torch.randn(2, 4))
         assert len(calls) == 1
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_class_sums_of_any_number_of_features() -> None:
+    features = torch.randn(2, 4)
+    assert chosen("class_sums", features) == chosen("class_sums", features.half()) == "cpu"
+    for other in (features.double(), features.to("meta")):
+        assert chosen("class_sums", other) == "reference"
 
 
 def test_a_precision_that_is_set_by_the_newer_interface() -> None:
@@ -264,7 +266,24 @@ def test_a_precision_that_is_set_by_the_newer_interface() -> None:
     before = backend.matmul.fp32_precision
     try:
         backend.matmul.fp32_precision = "bf16"
-        assert not cpu.multiplies(features)
+        assert chosen("nearest_anchors", features) == "reference"
     finally:
         backend.matmul.fp32_precision = before
-    assert cpu.multiplies(features)
+    assert chosen("nearest_anchors", features) == "cpu"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_class_sums_of_more_classes_than_a_product_is_good_for(
+    dtype: torch.dtype, layout: str
+) -> None:
+    features, labels, _, _ = draw((3, 20, 11), 5, 300, dtype)
+    features[1, 2, 3, 4] = NAN
+    features = lay_out(features, layout)
+    expected = oracles.class_sums(rows(features), flat(labels), 300)
+    for sums, counts in (
+        _ops.class_sums(features, labels, 300),
+        reference.class_sums(features, labels, 300),
+    ):
+        np.testing.assert_array_equal(counts.numpy(), expected[1])
+        np.testing.assert_allclose(sums.numpy(), expected[0], rtol=0, atol=1e-12)

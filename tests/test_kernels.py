@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import anchorda
-from anchorda import _ops
-from anchorda._ops import reference
+from anchorda._ops import choice, reference
 from tests import oracles
 from tests.oracles import flat, lay_out, pairwise, rows
 
@@ -46,7 +45,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     """A device whose operators are the kernels."""
     if not IS_INTERPRETED:
         return "cuda"
-    monkeypatch.setattr(_ops, "_kernels", lambda device: kernels)
+    monkeypatch.setattr(choice, "_kernels", lambda device: kernels)
+    # Kernels are chosen as for a GPU.
+    monkeypatch.setattr(choice, "_is_cpu", lambda device: False)
     return "cpu"
 
 
@@ -334,22 +335,27 @@ def test_what_they_do_not_take_falls_back(change: Callable[[Tensor], Tensor], de
     features = change(features)
     got = anchorda.AnchorPseudoLabeler(0.1)(features, anchors)
     classes, nearest, second = reference.nearest_anchors(features, anchors)
-    assert not kernels.takes(features, anchors)
+    assert choice.module_for("nearest_anchors", features, anchors) is reference
     active = (second - nearest > 0.1) & (classes >= 0)
     assert torch.equal(got.labels, torch.where(active, classes, 255))
 
 
 def test_anchors_in_float64_fall_back(device: str) -> None:
-    assert not kernels.takes(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.float64))
-    assert kernels.takes(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.bfloat16))
+    features, anchors = torch.ones(2, 3, device=device), torch.ones(4, 3, device=device)
+    for name in ("nearest_anchors", "pixel_losses"):
+        assert choice.module_for(name, features, anchors.double()) is reference
+        assert choice.module_for(name, features, anchors.bfloat16()) is kernels
 
 
 def test_more_classes_than_fit_fall_back(device: str) -> None:
-    features = torch.ones(2, 3)
-    assert kernels.takes(features, num_classes=256)
-    assert not kernels.takes(features, num_classes=257)
-    anchors = torch.arange(257.0)[:, None].expand(257, 3)
-    labels = anchorda.AnchorPseudoLabeler(ignore_index=-1)(features.to(device), anchors.to(device))
+    features = torch.ones(2, 3, device=device)
+    anchors = torch.arange(257.0, device=device)[:, None].expand(257, 3)
+    assert choice.module_for("class_sums", features, num_classes=256) is kernels
+    assert choice.module_for("class_sums", features, num_classes=257) is reference
+    assert choice.module_for("nearest_anchors", features, anchors[:256]) is kernels
+    for too_many in (anchors, anchors[:156].reshape(52, 3, 3).repeat(2, 1, 1)):
+        assert choice.module_for("nearest_anchors", features, too_many) is reference
+    labels = anchorda.AnchorPseudoLabeler(ignore_index=-1)(features, anchors)
     assert labels.labels.tolist() == [1, 1]
 
 
@@ -379,12 +385,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=seen.driver))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: seen.capability)
-    _ops._kernels.cache_clear()
+    choice._kernels.cache_clear()
     return seen
 
 
 def test_dispatch(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = _ops._kernels.__wrapped__
+    choose = choice._kernels.__wrapped__
     cuda = torch.device("cuda", 0)
     assert choose(cuda) is kernels
     assert choose(torch.device("cpu")) is None
@@ -410,7 +416,7 @@ def test_dispatch(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_triton(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert _ops._kernels.__wrapped__(torch.device("cuda", 0)) is None
+    assert choice._kernels.__wrapped__(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -435,10 +441,11 @@ def test_operators_keep_the_rules_on_a_gpu() -> None:
     features, labels, anchors = draw((2, 5, 7), 33, 4, torch.float32, "cuda")
     anchors = anchors.nan_to_num(1.0)
     targets = torch.where((labels >= 0) & (labels < 4), labels, -1)
-    torch.library.opcheck(_ops.class_sums, (features, labels, 4))
-    torch.library.opcheck(_ops.nearest_anchors, (features, anchors))
+    operators = torch.ops.anchorda
+    torch.library.opcheck(operators.class_sums.default, (features, labels, 4))
+    torch.library.opcheck(operators.nearest_anchors.default, (features, anchors))
     of = (features.requires_grad_(), targets, anchors, "euclidean")
-    torch.library.opcheck(_ops.pixel_losses, of)
+    torch.library.opcheck(operators.pixel_losses.default, of)
 
 
 @on_a_gpu

@@ -19,9 +19,11 @@ PACKAGE = Path(anchorda.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors first; a module imports from floors below its own, never from beside or above.
 FLOORS = [
-    {"_checks", "_sampling", "_ops.majority", "_ops.kernels", "_ops.tiles", "_pickles"},
+    {"_checks", "_sampling", "_ops.majority", "_ops.kernels", "_ops.threads", "_pickles"},
+    {"_ops.blocks", "_ops.registration"},
     {"_ops.reference"},
     {"_ops.cpu", "_ops.plain", "_ops.exportable"},
+    {"_ops.choice"},
     {"_ops"},
     {"_state", "_similarity"},
     {"anchors", "statistics", "pseudo_labels", "losses", "taps"},

@@ -78,7 +78,7 @@ def test_contrastive_losses_are_as_precise_as_float32_distances(
 def test_the_promise_is_beyond_float32_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     anchors = released_scale_anchors()
     features = near(anchors, 1e-3)
-    monkeypatch.setattr(reference, "_wide_dtype", lambda features: torch.float32)
+    monkeypatch.setattr(reference, "wide_dtype", lambda features: torch.float32)
     coarse = reference.anchor_distances(features, anchors)
     expected = oracles.anchor_distances(rows(features), anchors.double().numpy())
     assert np.abs(coarse.numpy() - expected).max() > PROMISE

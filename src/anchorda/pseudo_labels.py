@@ -27,6 +27,7 @@ from ._checks import (
     check_same_labels,
 )
 from ._ops import exportable
+from ._ops.reference import active_labels
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import adopt_shapes, move_buffers
 
@@ -333,12 +334,10 @@ class AnchorPseudoLabeler(nn.Module):
         check_per_class(self.min_margin, "min_margin", anchors, "anchors", anchors.shape[0])
         check_ignore_index(self.ignore_index, anchors.shape[0])
         operators = exportable if torch.onnx.is_in_onnx_export() else _ops
-        classes, nearest, second = operators.nearest_anchors(features.detach(), anchors.detach())
-        if self.relative:
-            margins = torch.where(second > 0, 1 - nearest / second, 0.0)
-        else:
-            margins = second - nearest
-        return _active(classes, margins, self.min_margin, self.ignore_index)
+        settings = self.min_margin, self.relative, self.ignore_index
+        return PseudoLabels(
+            *operators.labels_by_margin(features.detach(), anchors.detach(), *settings)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         move_buffers(self, fn)
@@ -409,7 +408,8 @@ class ProbabilityPseudoLabeler(nn.Module):
         probabilities = logits.detach().float().softmax(dim=1)
         scores, classes = probabilities.max(dim=1)
         classes = torch.where(scores.isfinite(), classes, -1)
-        return _active(classes, scores, self.min_probability, self.ignore_index)
+        settings = self.min_probability, self.ignore_index
+        return PseudoLabels(*active_labels(classes, scores, *settings))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         move_buffers(self, fn)
@@ -450,12 +450,3 @@ def _minimum(value: PerClass, name: str, *, is_ratio: bool) -> Tensor:
 
 def _shown(minimum: Tensor) -> str:
     return "..." if minimum.is_meta else str(minimum.tolist())
-
-
-def _active(classes: Tensor, scores: Tensor, minimum: Tensor, ignore_index: int) -> PseudoLabels:
-    """Labels where a class (−1 for none) has a score above its minimum."""
-    classes = classes.long()
-    labeled = classes >= 0
-    scores = torch.where(labeled, scores, 0.0).float()
-    of_class = minimum[classes.clamp(min=0)] if minimum.ndim == 1 else minimum
-    return PseudoLabels(torch.where(labeled & (scores > of_class), classes, ignore_index), scores)

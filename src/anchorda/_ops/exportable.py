@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .reference import result_dtype
+from .reference import labels_of, result_dtype
 
 
 def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
@@ -34,3 +34,10 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     classes = classes.reshape(-1, *[1] * (features.ndim - 2))
     second = torch.where(classes == labels.unsqueeze(1), torch.inf, distances).amin(dim=1)
     return torch.where(nearest.isinf(), -1, labels).int(), nearest, second
+
+
+def labels_by_margin(
+    features: Tensor, anchors: Tensor, min_margin: Tensor, relative: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """See `anchorda._ops.labels_by_margin`."""
+    return labels_of(*nearest_anchors(features, anchors), min_margin, relative, ignore_index)

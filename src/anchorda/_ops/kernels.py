@@ -1,11 +1,11 @@
 """Operators of `reference` in Triton, for CUDA: features are read once, only results written.
 
-The same signatures and, but for rounding, the same results as there, for what `takes` takes. The
-arithmetic is float32, which ``‖x‖²`` must not overflow. Products run on tensor cores in parts of
-TF32 that together are about as precise. Where a feature is so near to an anchor that
-``‖x‖² − 2·a·x + ‖a‖²`` would lose half its digits, the distances of its tile are computed anew from
-the differences. Sums over pixels are added up in float64, in an order that depends on the shape and
-the GPU alone.
+The same signatures and, but for rounding, the same results as there, for the inputs that `choice`
+sends here. The arithmetic is float32, which ``‖x‖²`` must not overflow. Products run on tensor
+cores in parts of TF32 that together are about as precise. Where a feature is so near to an anchor
+that ``‖x‖² − 2·a·x + ‖a‖²`` would lose half its digits, the distances of its tile are computed anew
+from the differences. Sums over pixels are added up in float64, in an order that depends on the
+shape and the GPU alone.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,26 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 _DISTANCES = {"euclidean": 0, "squared": 1, "smooth_l1": 2}
-_MOST_CLASSES = 256  # beyond, a tile's distances do not fit the shared memory of smaller GPUs
-
-
-def takes(features: Tensor, *others: Tensor, num_classes: int = 1) -> bool:
-    """Whether the kernels compute these inputs; what they do not, `reference` does.
-
-    They need pixels at one distance in memory within an image, whatever the layout, and nothing in
-    float64, which is to be computed as such.
-    """
-    if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return False
-    if any(other.dtype == torch.float64 for other in others) or num_classes > _MOST_CLASSES:
-        return False
-    if features.numel() == 0 or 0 in features.stride():
-        return False
-    try:
-        maps = _maps(features)
-    except RuntimeError:
-        return False
-    return maps.shape[0] * maps.shape[2] < 2**31
 
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -1,90 +1,125 @@
 """The memory-bound operators in plain torch: the truth that every faster path has to equal.
 
-Each operator walks over its input in blocks of tiles (see `tiles`): nothing of the size of the
-features is materialized. What is multiplied out, ``‖x‖² − 2·a·x + ‖a‖²``, is computed in float64:
-it loses half its digits where a feature lies near an anchor, which float32 (let alone TF32) cannot
-afford and float64 can. Differences ``x − a`` lose nothing and stay in float32. Results leave in
+Each operator computes its result block by block (see `blocks`): nothing of the size of the features
+is materialized. What is multiplied out, ``‖x‖² − 2·a·x + ‖a‖²``, is computed in float64: it loses
+half its digits where a feature lies near an anchor, which float32 (let alone TF32) cannot afford
+and float64 can. Differences ``x − a`` lose nothing and stay in float32. Results are returned in
 float32, or in float64 where the input was float64.
 
 Shapes follow the library's contract: features ``(N, D, *)``, label maps ``(N, *)``, anchors
 ``(C, D)`` or ``(C, M, D)``. A row of anchors that is not finite is absent; a class whose rows are
-all absent is unseen. Of several anchors of a class the nearest counts. Nothing here is
-differentiable by itself, the gradients are operators of their own; and nothing looks at a value,
-for which the host would wait.
+all absent is unseen. Of several anchors of a class the nearest counts. Inside of a block features
+are ``x (T, D, p)``: T images or one, and some of their pixels.
+
+Nothing here is differentiable by itself: gradients are operators of their own. And nothing looks at
+a value, for which the host would wait.
 """
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tiles import (
-    Block,
+from .blocks import (
     Scratch,
-    blocks,
-    get,
+    for_each_block,
     has_rows,
     matrices,
     new_gradient,
-    put,
+    parts,
+    pixels_of_part,
     scalars,
-    take,
+    views_of_blocks,
 )
 
-
-def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64 (Apple's does not)."""
-    return device.type != "mps"
+# Classes, up to which sums are products with one-hot labels, the same bits on every run.
+_CLASSES_OF_PRODUCT = 256
 
 
-def result_dtype(features: Tensor) -> torch.dtype:
-    """The dtype of what is returned for such features: float64 for float64, else float32."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
+class Anchors(NamedTuple):
+    """Anchors as the rows of one matrix, class by class."""
+
+    points: Tensor
+    """(C·M, D), 0 where absent."""
+    squares: Tensor
+    """(C·M, 1): squared norms, infinite where absent."""
+    per_class: int
+    """M."""
+
+
+def anchor_rows(anchors: Tensor, dtype: torch.dtype) -> Anchors:
+    """Anchors (C, D) or (C, M, D) as rows in a dtype."""
+    rows = anchors.flatten(0, -2)
+    present = rows.isfinite().all(dim=1, keepdim=True)
+    points = torch.where(present, rows, 0.0).to(dtype)
+    squares = torch.where(present, points.square().sum(dim=1, keepdim=True), math.inf)
+    return Anchors(points, squares, anchors.shape[1] if anchors.dim() == 3 else 1)
 
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sums (C, D) float64 and counts (C,) int64 of the finite features of each class."""
-    maps, targets = matrices(features), scalars(labels)
-    dtype, scratch = _wide_dtype(features), Scratch(features.device)
-    classes = torch.arange(num_classes, device=features.device)[:, None]
-    sums = torch.zeros(num_classes, features.shape[1], dtype=dtype, device=features.device)
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device)
-    for block in blocks(maps, dtype, num_classes):
-        members = (labels_at(targets, block) == classes) & _finite(maps, block, scratch)
+    maps, dtype, device = matrices(features), wide_dtype(features), features.device
+    # The last row is of no class.
+    sums = torch.zeros(num_classes + 1, features.shape[1], dtype=dtype, device=device)
+    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=device)
+    classes = torch.arange(num_classes + 1, device=device)[:, None]
+    per_pixel = num_classes if num_classes <= _CLASSES_OF_PRODUCT else 1
+    part, scratch = pixels_of_part(maps, dtype, per_pixel), Scratch(device)
+    for x, y in views_of_blocks(part, maps, scalars(labels)):
+        y = y.to(torch.int64)
+        y = torch.where((y >= 0) & (y < num_classes) & is_finite(x, scratch), y, num_classes)
+        counts.scatter_add_(0, y.flatten(), torch.ones_like(y).flatten())
         # A NaN times a weight of zero is a NaN.
-        x = take(maps, block, dtype, scratch).nan_to_num_(0.0, 0.0, 0.0)
-        of_tiles = scratch("sums", dtype, len(x), *sums.shape).zero_()
+        x = scratch.like(x, "x", dtype).copy_(x).nan_to_num_(0.0, 0.0, 0.0)
+        if num_classes > _CLASSES_OF_PRODUCT:
+            sums.index_add_(0, y.flatten(), x.mT.flatten(0, 1))
+            continue
+        of_images = scratch("sums", dtype, len(x), *sums.shape).zero_()
         # In place, a product is left alone by autocast.
-        sums += of_tiles.baddbmm_(members.to(dtype), x.mT).sum(dim=0)
-        counts += members.sum(dim=(0, 2))
-    return sums, counts
+        sums += of_images.baddbmm_((y == classes).to(dtype), x.mT).sum(dim=0)
+    return sums[:-1], counts[:-1]
 
 
 def image_sums_backward(grad_sums: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     """Each pixel that was summed receives the gradient of its sum in (N, C, D)."""
-    grad, scratch = new_gradient(features), Scratch(features.device)
-    num_classes = grad_sums.shape[1]
+    grad, num_classes = new_gradient(features), grad_sums.shape[1]
+    part = pixels_of_part(features, wide_dtype(features))
+
+    def compute(scratch: Scratch, x: Tensor, y: Tensor, out: Tensor, of_image: Tensor) -> None:
+        for x_, y_, out_ in parts(part, x, y.to(torch.int64), out):
+            summed = (y_ >= 0) & (y_ < num_classes) & is_finite(x_, scratch)
+            rows = rows_of(of_image, y_.clamp(0, num_classes - 1), x_, scratch)
+            out_.copy_(zero_unless(summed, rows))
+
     for i in range(features.shape[0]):
-        maps, targets = matrices(features[i : i + 1]), scalars(labels[i : i + 1])
-        for block in blocks(maps, _wide_dtype(features)):
-            y = labels_at(targets, block)
-            summed = (y >= 0) & (y < num_classes) & _finite(maps, block, scratch)
-            of_pixels = _rows_of(grad_sums[i], y.clamp(0, num_classes - 1), maps, scratch)
-            put(matrices(grad[i : i + 1]), block, kept(of_pixels, summed))
+        image = slice(i, i + 1)
+        maps, targets, out = (
+            matrices(features[image]),
+            scalars(labels[image]),
+            matrices(grad[image]),
+        )
+        for_each_block(partial(compute, of_image=grad_sums[i]), maps, targets, out, part=part)
     return grad
 
 
 def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
     """Euclidean distances (N, C, *): infinite to unseen classes, else NaN for non-finite pixels."""
-    points, squares = _points(anchors, _wide_dtype(features))
-    maps, scratch = matrices(features), Scratch(features.device)
-    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
-    distances = torch.empty(shape, dtype=result_dtype(features), device=features.device)
-    unseen = nearest_of_class((squares == math.inf).to(points.dtype)[None], anchors) == 1
-    for block in blocks(maps, points.dtype, len(points)):
-        of_tiles = _block_distances(maps, block, points, squares, scratch)
-        of_tiles = nearest_of_class(of_tiles, anchors)
-        put(matrices(distances), block, of_tiles.masked_fill_(unseen, math.inf))
+    rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
+    distances = _new_distances(features, anchors)
+    unseen = (
+        nearest_of_class((rows.squares == math.inf).to(rows.points.dtype)[None], rows.per_class)
+        == 1
+    )
+
+    def compute(scratch: Scratch, x: Tensor, out: Tensor) -> None:
+        for x_, out_ in parts(part, x, out):
+            of_part = nearest_of_class(distances_of(x_, rows, scratch), rows.per_class)
+            out_.copy_(of_part.masked_fill_(unseen, math.inf))
+
+    part = pixels_of_part(maps, rows.points.dtype, len(rows.points))
+    for_each_block(compute, maps, matrices(distances), part=part)
     return distances
 
 
@@ -92,17 +127,16 @@ def anchor_distances_backward(
     grad_distances: Tensor, distances: Tensor, features: Tensor, anchors: Tensor
 ) -> Tensor:
     """Sum over the classes of ``grad · (x − a) / ‖x − a‖``, 0 where x = a."""
-    points, squares = _points(anchors, _wide_dtype(features))
-    grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
-    of_distances, distances = matrices(grad_distances), matrices(distances)
-    for block in blocks(maps, points.dtype, 4 * len(points), one_tile=not has_rows(maps)):
-        d = get(distances, block).to(points.dtype)
-        g = get(of_distances, block).to(points.dtype)
-        if anchors.dim() == 3:
-            d = _block_distances(maps, block, points, squares, scratch)
-            g = _to_nearest_of_class(g, d, anchors)
-        x = take(maps, block, points.dtype, scratch)
-        put(matrices(grad), block, distance_gradient(x, points, g, d))
+    rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
+    grad, dtype = new_gradient(features), rows.points.dtype
+
+    def compute(scratch: Scratch, x: Tensor, g: Tensor, d: Tensor, out: Tensor) -> None:
+        for x_, g_, d_, out_ in parts(part, x, g, d, out):
+            out_.copy_(_distance_gradient(x_, rows, g_.to(dtype), d_.to(dtype), scratch))
+
+    part = pixels_of_part(maps, dtype, 4 * len(rows.points))
+    tensors = maps, matrices(grad_distances), matrices(distances), matrices(grad)
+    for_each_block(compute, *tensors, part=part)
     return grad
 
 
@@ -113,31 +147,66 @@ def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, 
     Where nothing can win (a feature that is not finite, or farther than that dtype reaches, or no
     class seen) the class is −1 and both distances are infinite; with one class seen the second is.
     """
-    points, squares = _points(anchors, _wide_dtype(features))
-    maps, scratch = matrices(features), Scratch(features.device)
-    labels, nearest, second = new_nearest(features)
-    for block in blocks(maps, points.dtype, len(points)):
-        distances = _block_distances(maps, block, points, squares, scratch)
-        distances = nearest_of_class(distances, anchors)
-        # Anchors in one place may differ in the last bit of the product, but not after rounding.
-        candidates = scratch("candidates", nearest.dtype, *distances.shape).copy_(distances)
-        for result, tiles in zip((labels, nearest, second), two_least(candidates), strict=True):
-            put(scalars(result), block, tiles)
-    nothing = ~(nearest < math.inf)  # a NaN, too
-    labels.masked_fill_(nothing, -1)
-    nearest.masked_fill_(nothing, math.inf)
-    return labels, nearest, second.masked_fill_(nothing, math.inf)
+    rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
+    results = new_nearest(features)
+
+    def compute(scratch: Scratch, x: Tensor, *outs: Tensor) -> None:
+        for x_, *outs_ in parts(part, x, *outs):
+            of_part = nearest_of_class(distances_of(x_, rows, scratch), rows.per_class)
+            # Anchors in one place may differ in the last bit of the product, but not rounded.
+            rounded = scratch("rounded", outs[1].dtype, *of_part.shape).copy_(of_part)
+            for out, values in zip(outs_, two_least(rounded), strict=True):
+                out.copy_(values)
+        labels, nearest, second = outs
+        nothing = ~(nearest < math.inf)  # a NaN, too
+        labels.masked_fill_(nothing, -1)
+        nearest.masked_fill_(nothing, math.inf)
+        second.masked_fill_(nothing, math.inf)
+
+    part = pixels_of_part(maps, rows.points.dtype, len(rows.points))
+    for_each_block(compute, maps, *map(scalars, results), part=part)
+    return results
+
+
+def labels_of(
+    classes: Tensor,
+    nearest: Tensor,
+    second: Tensor,
+    min_margin: Tensor,
+    relative: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Labels int64 and margins float32 from the results of `nearest_anchors`."""
+    margins = second - nearest
+    if relative:
+        margins = torch.where(second > 0, 1 - nearest / second, 0.0)
+    return active_labels(classes, margins, min_margin, ignore_index)
+
+
+def active_labels(
+    classes: Tensor, scores: Tensor, minimum: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Labels where a class (−1 for none) has a score above its minimum, () or (C,); and scores."""
+    classes = classes.long()
+    labeled = classes >= 0
+    scores = torch.where(labeled, scores, 0.0).float()
+    of_class = minimum[classes.clamp(min=0)] if minimum.ndim == 1 else minimum
+    return torch.where(labeled & (scores > of_class), classes, ignore_index), scores
 
 
 def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
     """The distance (N, *) of each pixel to the nearest anchor of its label, 0 if it is negative."""
-    points, squares = _points(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
-    maps, targets, scratch = matrices(features), scalars(labels), Scratch(features.device)
-    losses = torch.empty(labels.shape, dtype=result_dtype(features), device=features.device)
-    for block in blocks(maps, points.dtype):
-        y = labels_at(targets, block)
-        _, total = _own_anchor(maps, block, anchors, points, squares, y, distance, scratch)
-        put(scalars(losses), block, torch.where(y >= 0, total, 0.0))
+    rows = anchor_rows(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
+    losses = features.new_empty(labels.shape, dtype=result_dtype(features))
+    maps, part = matrices(features), pixels_of_part(features, rows.points.dtype)
+
+    def compute(scratch: Scratch, x: Tensor, y: Tensor, out: Tensor) -> None:
+        first = y.to(torch.int64).clamp(min=0).mul_(rows.per_class)
+        for x_, first_, out_ in parts(part, x, first, out):
+            out_.copy_(_nearest_own(x_, first_, rows, distance, scratch)[1])
+        out.masked_fill_(y < 0, 0.0)
+
+    for_each_block(compute, maps, scalars(labels), scalars(losses), part=part)
     return losses
 
 
@@ -150,25 +219,28 @@ def pixel_losses_backward(
     distance: str,
 ) -> Tensor:
     """The gradient of `pixel_losses`; the Euclidean one is 0 where x = a."""
-    points, squares = _points(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
-    grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
-    of_losses, losses, targets = scalars(grad_losses), scalars(losses), scalars(labels)
-    for block in blocks(maps, points.dtype, one_tile=True):
-        y, scale = labels_at(targets, block), get(of_losses, block)
-        row = y
-        if anchors.dim() == 3:
-            row, _ = _own_anchor(maps, block, anchors, points, squares, y, distance, scratch)
+    rows = anchor_rows(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
+    grad, maps = new_gradient(features), matrices(features)
+    part = pixels_of_part(maps, rows.points.dtype)
+
+    def compute(
+        scratch: Scratch, x: Tensor, y: Tensor, loss: Tensor, scale: Tensor, out: Tensor
+    ) -> None:
+        own = y.to(torch.int64).clamp(min=0).mul_(rows.per_class)
         if distance == "euclidean":
-            norms = get(losses, block)
-            scale = scale / torch.where(norms == 0, 1.0, norms)
-        elif distance == "squared":
-            scale = 2 * scale
+            scale = scale / torch.where(loss == 0, 1.0, loss)
         else:
-            scale = scale / maps.shape[1]
-        slopes = _offsets(maps, block, points, row, scratch)
-        if distance == "smooth_l1":
-            slopes.clamp_(-1, 1)
-        put(matrices(grad), block, kept(slopes.mul_(scale), y >= 0))
+            scale = 2 * scale if distance == "squared" else scale / maps.shape[1]
+        for x_, own_, active_, scale_, out_ in parts(part, x, own, y >= 0, scale, out):
+            if rows.per_class > 1:
+                own_, _ = _nearest_own(x_, own_, rows, distance, scratch)
+            slopes = offsets_from(rows.points, own_, x_, scratch)
+            if distance == "smooth_l1":
+                slopes.clamp_(-1, 1)
+            out_.copy_(zero_unless(active_, slopes.mul_(scale_)))
+
+    tensors = maps, scalars(labels), scalars(losses), scalars(grad_losses), matrices(grad)
+    for_each_block(compute, *tensors, part=part)
     return grad
 
 
@@ -180,17 +252,19 @@ def contrastive_losses(
     With it the distances (N, C, *), which the gradient needs: as those of `anchor_distances`, but
     NaN to all classes where a feature is not finite.
     """
-    points, squares = _points(anchors, _wide_dtype(features))
-    maps, targets, scratch = matrices(features), scalars(labels), Scratch(features.device)
-    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
-    distances = torch.empty(shape, dtype=result_dtype(features), device=features.device)
+    rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
+    distances = _new_distances(features, anchors)
     losses = distances.new_empty(labels.shape)
-    for block in blocks(maps, points.dtype, len(points)):
-        of_tiles = _block_distances(maps, block, points, squares, scratch)
-        of_tiles = nearest_of_class(of_tiles, anchors)
-        put(matrices(distances), block, of_tiles)
-        y = labels_at(targets, block)
-        put(scalars(losses), block, cross_entropy(of_tiles, y, temperature))
+
+    def compute(scratch: Scratch, x: Tensor, y: Tensor, loss: Tensor, out: Tensor) -> None:
+        for x_, y_, loss_, out_ in parts(part, x, y.to(torch.int64), loss, out):
+            of_part = nearest_of_class(distances_of(x_, rows, scratch), rows.per_class)
+            out_.copy_(of_part)
+            loss_.copy_(cross_entropy(of_part, y_, temperature))
+
+    part = pixels_of_part(maps, rows.points.dtype, len(rows.points))
+    tensors = maps, scalars(labels), scalars(losses), matrices(distances)
+    for_each_block(compute, *tensors, part=part)
     return losses, distances
 
 
@@ -203,36 +277,74 @@ def contrastive_losses_backward(
     temperature: float,
 ) -> Tensor:
     """The gradient of `contrastive_losses`, ``(1[k = y] − softmax) / temperature`` by distance."""
-    points, squares = _points(anchors, _wide_dtype(features))
-    grad, maps, scratch = new_gradient(features), matrices(features), Scratch(features.device)
-    distances, targets, of_losses = matrices(distances), scalars(labels), scalars(grad_losses)
-    for block in blocks(maps, points.dtype, 4 * len(points), one_tile=not has_rows(maps)):
-        d, y = get(distances, block).to(points.dtype), labels_at(targets, block)
-        share = softmax_gradient(d, y.clamp(min=0), temperature)
-        g = kept(share.mul_(get(of_losses, block) / -temperature), y >= 0)
-        if anchors.dim() == 3:
-            d = _block_distances(maps, block, points, squares, scratch)
-            g = _to_nearest_of_class(g, d, anchors)
-        x = take(maps, block, points.dtype, scratch)
-        put(matrices(grad), block, distance_gradient(x, points, g, d))
+    rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
+    grad, dtype = new_gradient(features), rows.points.dtype
+
+    def compute(
+        scratch: Scratch, x: Tensor, y: Tensor, scale: Tensor, d: Tensor, out: Tensor
+    ) -> None:
+        tensors = x, y.to(torch.int64), scale / -temperature, d, out
+        for x_, y_, scale_, d_, out_ in parts(part, *tensors):
+            wide = d_.to(dtype)
+            share = softmax_gradient(wide, y_.clamp(min=0), temperature)
+            g = zero_unless(y_ >= 0, share.mul_(scale_))
+            out_.copy_(_distance_gradient(x_, rows, g, wide, scratch))
+
+    part = pixels_of_part(maps, dtype, 4 * len(rows.points))
+    tensors = maps, scalars(labels), scalars(grad_losses), matrices(distances), matrices(grad)
+    for_each_block(compute, *tensors, part=part)
     return grad
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return True unless the device (MPS) has no float64."""
+    return device.type != "mps"
+
+
+def result_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype of results: float32, or float64 of float64 features."""
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def wide_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype that sums and products are computed in."""
+    return torch.float64 if has_float64(features.device) else torch.float32
+
+
 def new_nearest(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the results of `nearest_anchors`."""
+    """Allocate the results of `nearest_anchors`."""
     shape = (features.shape[0], *features.shape[2:])
     labels = torch.empty(shape, dtype=torch.int32, device=features.device)
     nearest = torch.empty(shape, dtype=result_dtype(features), device=features.device)
     return labels, nearest, torch.empty_like(nearest)
 
 
-def labels_at(targets: Tensor, block: Block) -> Tensor:
-    """The labels (T, 1, p) int64 of a block."""
-    return get(targets, block).to(torch.int64)
+def _new_distances(features: Tensor, anchors: Tensor) -> Tensor:
+    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
+    return torch.empty(shape, dtype=result_dtype(features), device=features.device)
+
+
+def distances_of(x: Tensor, rows: Anchors, scratch: Scratch) -> Tensor:
+    """‖x − a‖ (T, C·M, p): NaN for a non-finite feature, else infinite if absent."""
+    points, squares, _ = rows
+    x = scratch.like(x, "x", points.dtype).copy_(x)
+    distances = scratch("distances", x.dtype, len(x), len(points), x.shape[2]).copy_(squares)
+    distances.baddbmm_(points.expand(len(x), *points.shape), x, alpha=-2)
+    norms = x.mul_(x).sum(dim=1, keepdim=True)
+    norms = torch.where(norms.isfinite(), norms, math.nan)
+    return distances.add_(norms).clamp_(min=0).sqrt_()
+
+
+def nearest_of_class(distances: Tensor, per_class: int) -> Tensor:
+    """Of distances (T, C·M, p) the least of each class (T, C, p): themselves if M = 1."""
+    if per_class == 1:
+        return distances
+    tiles, anchors, pixels = distances.shape
+    return distances.view(tiles, anchors // per_class, per_class, pixels).amin(dim=2)
 
 
 def two_least(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of tiles (T, C, p) the first class with the least value, that value, and the next.
+    """Of (T, C, p) the first class with the least value, that value, and the next.
 
     The class is C where a value is NaN. Writes over its argument.
     """
@@ -247,15 +359,8 @@ def two_least(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return winner, least, candidates.amin(dim=1, keepdim=True)
 
 
-def nearest_of_class(distances: Tensor, anchors: Tensor) -> Tensor:
-    """Of tiles (T, C·M, p) the least of each class (T, C, p): themselves if M = 1."""
-    if anchors.dim() == 2:
-        return distances
-    return distances.view(len(distances), *anchors.shape[:2], distances.shape[2]).amin(dim=2)
-
-
 def cross_entropy(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy (T, 1, p) of tiles (T, C, p), 0 for negative labels. Writes over distances."""
+    """Cross-entropy (T, 1, p) of (T, C, p), 0 for negative labels. Writes over distances."""
     # From the least distance, so that no exponential overflows, and a loss near 0 stays precise.
     least, own = distances.amin(dim=1, keepdim=True), distances.gather(1, y.clamp(min=0))
     others = distances.sub_(least).div_(-temperature).exp_().sum(dim=1, keepdim=True)
@@ -269,30 +374,34 @@ def softmax_gradient(distances: Tensor, y: Tensor, temperature: float) -> Tensor
     return share.scatter_add_(1, y, share.new_full((1, 1, 1), -1.0).expand_as(y))
 
 
-def distance_gradient(x: Tensor, points: Tensor, grad: Tensor, distances: Tensor) -> Tensor:
-    """The gradient of tiles x (T, D, p) from that of their distances (T, C, p), written over x."""
+def _distance_gradient(
+    x: Tensor, rows: Anchors, grad: Tensor, distances: Tensor, scratch: Scratch
+) -> Tensor:
+    """The gradient of x (T, D, p) from that of its distances (T, C, p)."""
+    if rows.per_class > 1:
+        # Of each class it is that of one anchor, the nearest.
+        distances = distances_of(x, rows, scratch)
+        of_class = distances.view(len(x), -1, rows.per_class, x.shape[2])
+        nearest = of_class.argmin(dim=2, keepdim=True)
+        grads = torch.zeros_like(of_class).scatter_(2, nearest, grad.unsqueeze(2))
+        grad = grads.flatten(1, 2)
     weights = grad.div(distances).masked_fill_(distances == 0, 0.0)
     has_gradient = (grad != 0).any(dim=1, keepdim=True)
-    return kept(weighted_offsets(x, points, weights), has_gradient)
+    x = scratch.like(x, "x", rows.points.dtype).copy_(x)
+    return zero_unless(has_gradient, weighted_offsets(x, rows.points, weights))
 
 
 def weighted_offsets(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """The sums over the classes of w · (x − a), written over tiles x (T, D, p)."""
+    """The sums over the anchors of w · (x − a), written over x (T, D, p)."""
     x.mul_(weights.sum(dim=1, keepdim=True))
     if has_rows(x):
         x.mT.baddbmm_(weights.mT, points.expand(len(x), *points.shape), alpha=-1)
         return x
-    # By groups of channels, as all else that is done to a tile is divided among threads.
-    groups = math.gcd(x.shape[1], 8)
-    of_groups = points.T.reshape(groups, x.shape[1] // groups, len(points))
-    for tile, of_tile in zip(x, weights, strict=True):
-        grouped = tile.view(groups, x.shape[1] // groups, x.shape[2])
-        grouped.baddbmm_(of_groups, of_tile.expand(groups, *of_tile.shape), alpha=-1)
-    return x
+    return x.baddbmm_(points.T.expand(len(x), -1, -1), weights, alpha=-1)
 
 
-def kept(x: Tensor, mask: Tensor) -> Tensor:
-    """Values (T, K, p) where the mask (T, 1, p) is true; elsewhere 0, whatever they were.
+def zero_unless(mask: Tensor, x: Tensor) -> Tensor:
+    """Write 0 over values x (T, K, p) where the mask (T, 1, p) is false, whatever they were.
 
     By their bits, as a NaN times zero is a NaN, and a choice of values is slow.
     """
@@ -301,92 +410,50 @@ def kept(x: Tensor, mask: Tensor) -> Tensor:
     return x
 
 
-def _wide_dtype(features: Tensor) -> torch.dtype:
-    """The dtype that sums and products are computed in."""
-    return torch.float64 if has_float64(features.device) else torch.float32
+def is_finite(x: Tensor, scratch: Scratch) -> Tensor:
+    """Return for each pixel (T, 1, p) of x (T, D, p) if it is finite throughout."""
+    # 0 times anything finite is 0, else NaN.
+    zeros = scratch.like(x, "x", wide_dtype(x)).copy_(x).mul_(0)
+    return zeros.sum(dim=1, keepdim=True) == 0
 
 
-def _points(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Anchors (C·M, D), 0 where absent, and their squared norms (C·M, 1), infinite where absent."""
-    rows = anchors.flatten(0, -2)
-    present = rows.isfinite().all(dim=1, keepdim=True)
-    points = torch.where(present, rows, 0.0).to(dtype)
-    return points, torch.where(present, points.square().sum(dim=1, keepdim=True), math.inf)
+def rows_of(values: Tensor, index: Tensor, like: Tensor, scratch: Scratch) -> Tensor:
+    """Of values (R, D) the rows of an index (T, 1, p), as (T, D, p) in the layout of ``like``."""
+    out = scratch.like(like, "rows", values.dtype)
+    if has_rows(out):
+        torch.index_select(values, 0, index.flatten(), out=out.mT.view(-1, values.shape[1]))
+        return out
+    table = values.T.contiguous()
+    if len(out) == 1:
+        return torch.index_select(table, 1, index.flatten(), out=out[0])[None]
+    return torch.gather(table.expand(len(out), -1, -1), 2, index.expand_as(out), out=out)
 
 
-def _to_nearest_of_class(grad: Tensor, distances: Tensor, anchors: Tensor) -> Tensor:
-    """Gradients (T, C, p) as those of all anchors (T, C·M, p): of each class its first nearest."""
-    of_class = distances.unflatten(1, anchors.shape[:2])
-    nearest = of_class.argmin(dim=2, keepdim=True)
-    grads = torch.zeros_like(of_class).scatter_(2, nearest, grad.unsqueeze(2))
-    return grads.flatten(1, 2)
+def offsets_from(points: Tensor, index: Tensor, x: Tensor, scratch: Scratch) -> Tensor:
+    """Offsets (T, D, p) of x from the rows of points (R, D) at an index (T, 1, p)."""
+    own = rows_of(points, index, x, scratch)
+    return torch.sub(x, own, out=own)
 
 
-def _own_anchor(
-    maps: Tensor,
-    block: Block,
-    anchors: Tensor,
-    points: Tensor,
-    squares: Tensor,
-    y: Tensor,
-    distance: str,
-    scratch: Scratch,
+def _nearest_own(
+    x: Tensor, first: Tensor, rows: Anchors, distance: str, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Of the anchors of each label the row (T, 1, p) of the nearest, and the distance to it."""
-    of_class = anchors.shape[1] if anchors.dim() == 3 else 1
-    first = y.clamp(min=0) * of_class
-    row, least = first, torch.empty(0)
-    for m in range(of_class):
-        offsets = _offsets(maps, block, points, first + m, scratch)
+    """Of M anchors from row ``first (T, 1, p)`` on, the row of the nearest and the distance."""
+    row, least = first, torch.full_like(x[:, :1], math.inf, dtype=rows.points.dtype)
+    absent = (rows.squares == math.inf).flatten()
+    for m in range(rows.per_class):
+        offsets = offsets_from(rows.points, first + m, x, scratch)
         if distance == "smooth_l1":
             size = offsets.abs_()
             bounded = size.clamp(max=1)
-            total = (size - bounded / 2).mul_(bounded).sum(dim=1, keepdim=True) / maps.shape[1]
+            total = (size - bounded / 2).mul_(bounded).sum(dim=1, keepdim=True) / x.shape[1]
         else:
             total = offsets.mul_(offsets).sum(dim=1, keepdim=True)
         if distance == "euclidean":
             total.sqrt_()
-        if of_class > 1:
-            total.masked_fill_((squares == math.inf).flatten()[first + m], math.inf)
-        if m > 0:
-            nearer = ~(total >= least)  # a NaN, too
-            row, total = torch.where(nearer, first + m, row), torch.where(nearer, total, least)
-        least = total
+        if rows.per_class == 1:
+            return row, total
+        total.masked_fill_(absent[first + m], math.inf)
+        nearer = ~(total >= least)  # a NaN, too
+        row, least = torch.where(nearer, first + m, row), torch.where(nearer, total, least)
     return row, least
-
-
-def _finite(maps: Tensor, block: Block, scratch: Scratch) -> Tensor:
-    """Which pixels (T, 1, p) of a block are finite throughout."""
-    # 0 times anything finite is 0, else NaN.
-    x = take(maps, block, _wide_dtype(maps), scratch)
-    return x.mul_(0).sum(dim=1, keepdim=True) == 0
-
-
-def _block_distances(
-    maps: Tensor, block: Block, points: Tensor, squares: Tensor, scratch: Scratch
-) -> Tensor:
-    """‖x − a‖ (T, C, p) of a block: NaN for a non-finite feature, else infinite if unseen."""
-    x = take(maps, block, points.dtype, scratch)
-    distances = scratch("distances", x.dtype, len(x), len(points), x.shape[2]).copy_(squares)
-    distances.baddbmm_(points.expand(len(x), *points.shape), x, alpha=-2)
-    norms = x.mul_(x).sum(dim=1, keepdim=True)
-    norms = torch.where(norms.isfinite(), norms, math.nan)
-    return distances.add_(norms).clamp_(min=0).sqrt_()
-
-
-def _rows_of(values: Tensor, y: Tensor, maps: Tensor, scratch: Scratch) -> Tensor:
-    """Of values (C, D) the row of each label, as tiles (T, D, p) in the layout of the maps."""
-    tiles, pixels, channels = len(y), y.shape[2], values.shape[1]
-    if has_rows(maps):
-        rows = scratch("rows", values.dtype, tiles * pixels, channels)
-        torch.index_select(values, 0, y.flatten(), out=rows)
-        return rows.view(tiles, pixels, channels).mT
-    columns = scratch("columns", values.dtype, tiles, channels, pixels)
-    table = values.T.contiguous().expand(tiles, -1, -1)
-    return torch.gather(table, 2, y.expand_as(columns), out=columns)
-
-
-def _offsets(maps: Tensor, block: Block, points: Tensor, y: Tensor, scratch: Scratch) -> Tensor:
-    """Offsets x − a_y (T, D, p) of a block; anything where the label is negative."""
-    own = _rows_of(points, y.clamp(min=0), maps, scratch)
-    return torch.sub(get(maps, block), own, out=own)
