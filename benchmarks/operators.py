@@ -15,7 +15,8 @@ the process holds during a call beyond what it held before, the result included,
 the features; it is measured in Linux, and on CUDA, where it is what torch allocates.
 
 `--busy K` keeps K other processes busy, each with one core as far as it gets one, as the workers of
-a loader do; then only the contenders are compared.
+a loader do; then only the contenders that are plain torch are compared, as with 0, to have
+both of one machine.
 
 Three tables in Markdown go to the terminal: all contenders; our operators by layout and dtype; and
 by the number of pixels, channels and classes, and by how near the features lie to their anchors.
@@ -571,7 +572,7 @@ def our_table(rows: list[Measurement], down: tuple[str, ...], across: str) -> st
     return markdown([*down, *columns], body)
 
 
-def place(device: str, busy: int) -> dict[str, str]:
+def place(device: str, busy: int = 0) -> dict[str, str]:
     """Where it was measured, and beside how many busy processes."""
     machine = platform.processor() or platform.machine()
     cpu = Path("/proc/cpuinfo")
@@ -658,19 +659,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pixels", type=int, nargs=3, default=(2, 128, 224), metavar="N H W")
     parser.add_argument("--repeats", type=int, help="15 on a CPU, 100 on CUDA")
-    parser.add_argument("--busy", type=int, default=0, metavar="K", help="other busy processes")
+    parser.add_argument("--busy", type=int, metavar="K", help="contenders alone, K busy processes")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     device, shape = options.device, tuple(options.pixels)
     repeats = options.repeats or (100 if device == "cuda" else 15)
-    where = place(device, options.busy)
+    where = place(device, options.busy or 0)
     return_freed_memory()
     print(", ".join(f"{key} {value}" for key, value in where.items()) + "\n", flush=True)
 
     tables: dict[str, list[Measurement]] = {"contenders": []}
-    with busy_processes(options.busy):
+    with busy_processes(options.busy or 0):
         for name, operator in OPERATORS.items():
-            more = optional_labelers(device) if name == "labeling" else {}
+            has_more = name == "labeling" and options.busy is None
+            more = optional_labelers(device) if has_more else {}
             if device == "cpu":
                 more[ON_ONE_THREAD] = partial(on_one_thread, operator.contenders[OURS])
             compared = operator._replace(contenders=operator.contenders | more)
@@ -678,7 +680,7 @@ def main() -> None:
     first = tables["contenders"][0]
     print(f"Features {first.features}, {first.dtype}, {first.classes} classes:\n")
     print(contender_table(tables["contenders"]), flush=True)
-    if options.busy:
+    if options.busy is not None:
         save_csv(options.output / "operators.csv", tables, where)
         return
 

@@ -63,11 +63,12 @@ def _labels_by_margin(
     classes, nearest, second = _nearest_anchors(features, anchors)
     labels, scores = _allocate_labels(features)
 
-    def compute(scratch: Scratch, *views: Tensor) -> None:
-        *found, of_labels, of_scores = views
-        values = reference.labels_of(*found, min_margin, relative, ignore_index)
-        for out, result in zip((of_labels, of_scores), values, strict=True):
-            out.copy_(result)
+    def compute(
+        scratch: Scratch, c: Tensor, first: Tensor, next_: Tensor, y: Tensor, margins: Tensor
+    ) -> None:
+        found = reference.labels_of(c, first, next_, min_margin, relative, ignore_index)
+        y.copy_(found[0])
+        margins.copy_(found[1])
 
     tensors = map(scalars, (classes, nearest, second, labels, scores))
     for_each_block(compute, *tensors, part=pixels_of_part(scalars(nearest), torch.float64, 8))
