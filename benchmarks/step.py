@@ -11,8 +11,8 @@ distance map for each class, boolean masks, torch's cross-entropy. The terms of 
 those of the example's own step with either, or nothing is reported. The blocks are then timed
 alone, on features and logits of the same sizes: both pseudo-labelers, the filters over labels, and
 the losses with their gradients. With and without take turns. A row for each, in Markdown, goes to
-the terminal: operations of the networks, seconds as median (least–most), and the memory that torch
-allocates in a step beyond the weights and the optimizer's state.
+the terminal: operations of the networks, seconds as median (least–most), and the memory
+that a step holds beyond the weights and the optimizer's state.
 """
 
 import statistics

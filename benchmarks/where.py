@@ -2,12 +2,13 @@
 
     python benchmarks/where.py
 
-The profiler counts ten calls of each operator, on the features that `operators.py` compares
-contenders on. The table, in Markdown, goes to the terminal.
+The profiler counts ten calls of each operator on one thread, as it sees no other, on the features
+that `operators.py` compares contenders on. The table, in Markdown, goes to the terminal.
 """
 
 import os
 
+import torch
 from operators import OPERATORS, OURS, Case, draw
 from seeds import markdown
 from torch.autograd.profiler import profile
@@ -34,6 +35,7 @@ def largest_parts(name: str, case: Case) -> list[str]:
 
 def main() -> None:
     """Print the table."""
+    torch.set_num_threads(1)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
     rows = [largest_parts(name, Case((2, 128, 224))) for name in OPERATORS]
     print(markdown(["operator", "ms", "of which"], rows))

@@ -49,11 +49,11 @@ def test_reverse_and_forward_mode(function: Callable[[Tensor], Tensor]) -> None:
     expected = jacobian(function, FEATURES)
     tangent = torch.randn_like(FEATURES)
     directional = (expected * tangent).sum(dim=tuple(range(-FEATURES.ndim, 0)))
-    _, pulled = torch.func.vjp(function, FEATURES)
+    pulled = torch.func.vjp(function, FEATURES)[1]
     (found,) = pulled(torch.ones_like(directional))
     dims = tuple(range(directional.ndim))
     torch.testing.assert_close(found, expected.sum(dim=dims) if dims else expected)
-    _, pushed = torch.func.jvp(function, (FEATURES,), (tangent,))
+    pushed = torch.func.jvp(function, (FEATURES,), (tangent,))[1]
     torch.testing.assert_close(pushed, directional)
     with forward_ad.dual_level():
         dual = function(forward_ad.make_dual(FEATURES, tangent))
@@ -100,7 +100,8 @@ def test_labels_and_class_sums_carry_no_derivative() -> None:
     sums = anchorda.class_sums(leaf, LABELS, 4).sums
     assert not scores.requires_grad
     assert not sums.requires_grad
-    _, tangent = torch.func.jvp(
+    of_sums = torch.func.jvp(
         lambda x: anchorda.class_sums(x, LABELS, 4).sums, (FEATURES,), (FEATURES,)
     )
+    tangent = of_sums[1]
     assert not tangent.any()

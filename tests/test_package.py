@@ -102,6 +102,24 @@ def test_import_loads_nothing_but_torch_numpy_and_typing_extensions() -> None:
     assert loaded_by("import anchorda") - alone <= {"anchorda"}
 
 
+CALLS = """
+import sys, torch, anchorda
+features = torch.randn(2, 8, 4, 4, requires_grad=True)
+labels = torch.zeros(2, 4, 4, dtype=torch.int64)
+anchors = torch.randn(3, 8)
+anchorda.AnchorPseudoLabeler()(features, anchors)
+anchorda.CategoryAnchors(3, 8).update(features, labels)
+loss = anchorda.anchor_distance_loss(features, labels, anchors)
+(loss + anchorda.anchor_contrastive_loss(features, labels, anchors)).backward()
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_the_first_call_does_not_import_the_compiler() -> None:
+    ran = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_all_is_sorted_complete_and_importable() -> None:
     assert sorted(anchorda.__all__) == anchorda.__all__
     public = {
