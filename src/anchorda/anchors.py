@@ -117,6 +117,11 @@ def soft_class_sums(features: Tensor, probabilities: Tensor) -> ClassSums:
     """
     check_features(features)
     check_same_pixels(probabilities, "probabilities", features)
+    if probabilities.shape[1] < 1:
+        raise ValueError(
+            "Expected `probabilities` of shape (N, C, *) with at least one class, "
+            f"but got {tuple(probabilities.shape)}."
+        )
     return ClassSums(*_ops.soft_class_sums(features.detach(), probabilities.detach()))
 
 

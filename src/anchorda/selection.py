@@ -230,7 +230,7 @@ class SoftNeighborhoodDensity(nn.Module):
 class InformationMaximization(nn.Module):
     r"""Certain of each pixel, and undecided over all of them: what SHOT maximizes, as a score.
 
-    .. math:: \mathrm{score} = H\Big(\frac{1}{n} \sum_i p_i\Big) - \frac{1}{n} \sum_i H(p_i), \qquad
+    .. math:: \mathrm{score} = H(\frac{1}{n} \sum_i p_i) - \frac{1}{n} \sum_i H(p_i), \qquad
               H(p) = -\sum_c p_c \log(p_c + 10^{-5}),
 
     an estimate of the mutual information of pixels and predicted classes, between 0 and log C.
