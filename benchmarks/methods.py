@@ -80,9 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the methods of examples/methods.")
     parser.add_argument("--output", type=Path, required=True, help="folder for all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--warmup-iterations", type=int, default=240)
-    parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--stage-iterations", type=int, default=40)
+    parser.add_argument("--warmup-iterations", type=int, default=160)
+    parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--stage-iterations", type=int, default=60)
+    parser.add_argument("--size", type=int, nargs=2, default=(96, 128), help="of all images")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -91,6 +92,7 @@ def main() -> None:
         warmup_iterations=given.warmup_iterations,
         stages=given.stages,
         stage_iterations=given.stage_iterations,
+        size=tuple(given.size),
         resume=True,
     )
     names = [CONTROL, "self-training", *STAGED, "t3a"]

@@ -33,7 +33,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|collections|os|numpy|dist)\..*"),
+    (r"py:.*", r"(torch|nn|collections|os|numpy|np|npt|dist|matplotlib)\..*"),
     (r"py:.*", r"Tensor|Self|[A-Z]\w*(Error|Warning)|NamedTuple"),
     (r"py:obj", r"anchorda\.losses"),
 ]

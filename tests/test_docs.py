@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 # Pages whose blocks run here. Those of the recipes run with their stand-ins, in tests/recipes.
 PAGES = sorted(DOCS.glob("*.md"))
 LINKING = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-WITHOUT_BLOCKS = {"api", "index", "reproduce", "results", "your_own_data"}
+WITHOUT_BLOCKS = {"methods", "api", "index", "reproduce", "results", "your_own_data"}
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 

@@ -243,7 +243,7 @@ def anchor_consistency_loss(
         ValueError: if a shape, a device, ``similarity`` or ``temperature`` is wrong.
 
     Source: ProDA (arXiv 2101.10979), equation 9, whose code averages over pixels and classes, which
-    is 1/C of this; with ``"dot"`` the swapped prediction of CPSL (arXiv 2203.02983), but for the
+    is 1/C of this; with ``"dot"`` the swapped prediction of CPSL (arXiv 2203.09744), but for the
     entropy of its targets.
 
     >>> anchors = torch.tensor([[0.0], [2.0]])

@@ -1,6 +1,6 @@
 """Pictures of features, anchors, scores and labels; needs matplotlib, the extra ``plots``.
 
-Every function draws on the `Axes` that it is given and returns it, so that pictures combine with
+Every function draws on the ``Axes`` that it is given and returns it, so that pictures combine with
 one's own figures, and log to TensorBoard with ``writer.add_figure(tag, axes.figure)``. Nothing here
 is imported by ``import anchorda``; write ``from anchorda import plots``.
 """

@@ -111,7 +111,7 @@ def anchor_probabilities(
         ValueError: if a shape, a device, ``similarity`` or ``temperature`` is wrong.
 
     Source: ProDA (arXiv 2101.10979), equation 5, whose code multiplies by 1/τ; CPSL (arXiv
-    2203.02983) with ``"dot"`` of normalized vectors.
+    2203.09744) with ``"dot"`` of normalized vectors.
 
     >>> anchors = torch.tensor([[0.0], [2.0], [torch.nan]])
     >>> anchor_probabilities(torch.tensor([[0.0], [1.0]]), anchors)
@@ -195,7 +195,7 @@ def sinkhorn_assignments(
         TypeError: if an argument or a dtype is wrong.
         ValueError: if a shape, a device or a number is wrong.
 
-    Source: Cuturi (arXiv 1306.0895); with shares that of CPSL (arXiv 2203.02983), without that of
+    Source: Cuturi (arXiv 1306.0895); with shares that of CPSL (arXiv 2203.09744), without that of
     ProtoSeg (arXiv 2203.15102).
 
     >>> sinkhorn_assignments(torch.tensor([[1.0, 0.9], [1.0, 0.0]]), epsilon=0.1, iterations=50)
