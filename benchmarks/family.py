@@ -22,8 +22,8 @@ from operators import (
     contender_table,
     copy,
     flat,
+    machine_columns,
     measure,
-    place,
     product,
     return_freed_memory,
     save_csv,
@@ -44,7 +44,7 @@ def discriminant_of(anchors: Tensor) -> anchorda.LinearDiscriminant:
 
 
 def logits(inputs: Inputs) -> Answer:
-    """What a user of the library calls, but for the computation of the discriminant."""
+    """Run the public function; the discriminant is computed before."""
     return (discriminant_of(inputs.anchors).logits(inputs.features).flatten(2),)
 
 
@@ -56,7 +56,7 @@ def logits_by_convolution(inputs: Inputs) -> Answer:
 
 
 def probabilities(inputs: Inputs, similarity: str) -> Answer:
-    """What a user of the library calls."""
+    """Run the public function."""
     found = anchorda.anchor_probabilities(
         *(inputs.features, inputs.anchors),
         similarity=similarity,  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def probabilities_by_torch(inputs: Inputs, similarity: str) -> Answer:
 
 
 def soft_sums(inputs: Inputs) -> Answer:
-    """What a user of the library calls; the anchors' products as memberships."""
+    """Run the public function, with the products of the anchors as memberships."""
     found = anchorda.soft_class_sums(inputs.features, memberships(inputs))
     return found.sums, found.counts
 
@@ -94,7 +94,7 @@ def memberships(inputs: Inputs) -> Tensor:
 
 
 def covariance(inputs: Inputs) -> Answer:
-    """What a user of the library calls."""
+    """Run the public function."""
     state = anchorda.WithinClassCovariance(*inputs.anchors.shape).to(inputs.features.device)
     state.update(inputs.features, inputs.labels)
     return (state.compute(),)
@@ -111,7 +111,7 @@ def covariance_by_offsets(inputs: Inputs) -> Answer:
 
 
 def contrast(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """What a user of the library calls."""
+    """Run the public function."""
     return anchorda.anchor_contrastive_loss(
         features, labels, anchors, similarity="cosine", temperature=TEMPERATURE
     )
@@ -125,7 +125,7 @@ def contrast_by_torch(features: Tensor, labels: Tensor, anchors: Tensor) -> Tens
 
 
 def distribution(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """What a user of the library calls."""
+    """Run the public function."""
     return anchorda.anchor_distribution_loss(
         features, labels, anchors, anchors.abs(), temperature=10.0
     )
@@ -143,7 +143,7 @@ def distribution_by_torch(features: Tensor, labels: Tensor, anchors: Tensor) -> 
 
 
 def distance_to_map(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """What a user of the library calls."""
+    """Run the public function."""
     return anchorda.feature_distance_loss(features, features.detach().flip(0))
 
 
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    where = place(options.device)
+    where = machine_columns(options.device)
     return_freed_memory()
     print(", ".join(f"{key} {value}" for key, value in where.items()) + "\n", flush=True)
     rows = []

@@ -134,7 +134,7 @@ def product(inputs: Inputs) -> Answer:
 
 
 def label(inputs: Inputs) -> Answer:
-    """What a user of the library calls."""
+    """Run the public function."""
     pseudo = anchorda.AnchorPseudoLabeler(MIN_MARGIN, ignore_index=IGNORE)(
         inputs.features, inputs.anchors
     )
@@ -219,7 +219,7 @@ def label_by_keops(inputs: Inputs) -> Answer:
 
 
 def sums(inputs: Inputs) -> Answer:
-    """What a user of the library calls."""
+    """Run the public function."""
     found = anchorda.class_sums(inputs.features, inputs.labels, len(inputs.anchors))
     return found.sums, found.counts
 
@@ -413,7 +413,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 def resident_bytes(kind: str) -> int:
-    """What this process holds, VmRSS, or has held at most, VmHWM."""
+    """Return the memory of this process: VmRSS, or its peak, VmHWM."""
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     (line,) = (line for line in lines if line.startswith(kind))
     return 1024 * int(line.split()[1])
@@ -572,8 +572,8 @@ def our_table(rows: list[Measurement], down: tuple[str, ...], across: str) -> st
     return markdown([*down, *columns], body)
 
 
-def place(device: str, busy: int = 0) -> dict[str, str]:
-    """Where it was measured, and beside how many busy processes."""
+def machine_columns(device: str, busy: int = 0) -> dict[str, str]:
+    """Return the machine, the versions, and the number of busy processes."""
     machine = platform.processor() or platform.machine()
     cpu = Path("/proc/cpuinfo")
     if device == "cuda":
@@ -664,7 +664,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     device, shape = options.device, tuple(options.pixels)
     repeats = options.repeats or (100 if device == "cuda" else 15)
-    where = place(device, options.busy or 0)
+    where = machine_columns(device, options.busy or 0)
     return_freed_memory()
     print(", ".join(f"{key} {value}" for key, value in where.items()) + "\n", flush=True)
 

@@ -33,7 +33,7 @@ _ROWS_AT_ONCE = 512
 
 @final
 class SoftNeighborhoodDensity(nn.Module):
-    r"""How densely the target's predictions lie together: the entropy of their neighborhoods.
+    r"""Density of the target's predictions: the mean entropy of their soft neighborhoods.
 
     With the probabilities :math:`p_i` of pixel i, scaled to length 1,
 
@@ -47,7 +47,7 @@ class SoftNeighborhoodDensity(nn.Module):
     ``pixels_per_class`` of them are stored, a uniform random sample without replacement; up to
     there the score is exact. Beyond, every stored pixel stands for as many as were seen of its
     class for each that is stored, in both sums. With 256 pixels a class the score of 10⁶ pixels is
-    within 1 % of the exact one (docs/selection.md has the measurement). The memory is that of
+    within 1 % of the exact one, which a test shows. The memory is that of
     ``(C, pixels_per_class, C)`` numbers, however long the stream.
 
     **It misses**: a collapse of all predictions to one class is the densest of all. The score grows

@@ -1,4 +1,4 @@
-"""Which module computes an operator for given inputs: the one place that decides it.
+"""Choice of the module that computes an operator for given inputs.
 
 `README.md` has the same as a table.
 """
