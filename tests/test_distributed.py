@@ -520,7 +520,10 @@ def test_scatters_and_soft_sums_are_those_of_one_process(reports: list[Report], 
 
 
 ANCHORS = "CategoryAnchors(num_classes={}, feature_dim={}, max_count={}, momentum={})"
-SUMS = "ClassSums(sums=({}, {}) torch.{}, counts=(5,) torch.int64)"
+SUMS = (
+    "ClassSums(sums=Tensor of torch.{2} and shape ({0}, {1}), "
+    "counts=Tensor of torch.int64 and shape (5,))"
+)
 
 
 @pytest.mark.parametrize(
