@@ -25,7 +25,7 @@ def check(folder: Path) -> str:
 
     assert wheel.name == f"anchorda-{version}-py3-none-any.whl", wheel.name
     info = f"anchorda-{version}.dist-info"
-    sources = {p for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+    sources = {p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".md") or p.name == "py.typed"}
     expected = {p.relative_to(PACKAGE).as_posix() for p in sources}
     assert "anchorda/py.typed" in expected
     expected |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
