@@ -473,7 +473,7 @@ def target(*names: str) -> Callable[[Target], Target]:
 
 
 def classes_and_dim(draw: Draw, least: int = 1) -> tuple[int, int]:
-    """How many classes, of how many features."""
+    """Return the numbers of classes and of features, as text."""
     return draw.rng.randint(least, 5), draw.rng.randint(1, 5)
 
 

@@ -416,7 +416,7 @@ class NuclearNorm(nn.Module):
 
 @final
 class LabelAgreement(nn.Module):
-    r"""How well two labelers agree, such as a classifier and the nearest anchors.
+    r"""Agreement of two labelers, such as a classifier and the nearest anchors.
 
     With :math:`M_{ck}` the pixels that the first calls c and the second k, the mean over the
     classes that either of them ever gives:

@@ -27,7 +27,7 @@ def run_block(
 
 
 def run_body(page: str, number: int, names: dict[str, Any]) -> Tensor:
-    """What a block returns that is the body of a function; the names are its arguments."""
+    """Run a block as the body of a function, with the names as arguments, and return its result."""
     path = RECIPES / page
     function = "def body():\n" + textwrap.indent(python_blocks(path)[number].lstrip("\n"), "    ")
     exec(compile(function, str(path), "exec"), names)

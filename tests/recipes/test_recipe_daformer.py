@@ -108,7 +108,7 @@ class Segmentor(nn.Module):
 
 
 class Call(NamedTuple):
-    """What the fusion layer of one of the models returned."""
+    """Output of the fusion layer of one of the models."""
 
     model: str
     features: Tensor
@@ -195,7 +195,7 @@ class DACS(nn.Module):
 
 
 class Codebase(NamedTuple):
-    """Which of the three, and what its column of the page's table replaces."""
+    """One of the three codebases, with the replacements of its column of the page's table."""
 
     model: str
     weights: str
@@ -213,7 +213,7 @@ class Codebase(NamedTuple):
 
 
 def column(number: int, name: str) -> list[tuple[str, str, str]]:
-    """What a column of the page's table replaces: what, in which lines, by what."""
+    """Return the replacements in a column of the page's table."""
     page = (RECIPES / PAGE).read_text(encoding="utf-8")
     found = []
     for old, place, *cells in re.findall(
@@ -245,7 +245,7 @@ def draw_labels() -> Tensor:
 
 
 class Step(NamedTuple):
-    """What went into a step and what came out."""
+    """Inputs and results of a step."""
 
     img: Tensor
     labels: Tensor

@@ -91,7 +91,7 @@ def fit(module: Any, source: Batches, epochs: int = 1, **options: Any) -> None: 
 
 
 def record_losses(module: Any) -> list[float]:  # noqa: ANN401
-    """What `training_step` returns from now on."""
+    """Results of `training_step` from now on."""
     losses, step = list[float](), module.training_step
 
     def recorded(batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -107,7 +107,7 @@ class Wrapper(nn.Module):
         self.module = module
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """What its `train_step` computes."""
+        """Return the results of its `train_step`."""
         data = self.module.data_preprocessor(batch, training=True)
         losses: dict[str, Tensor] = self.module(**data, mode="loss")
         return losses
@@ -212,7 +212,7 @@ class Setting:
         self.runner = Runner(Wrapper(model))
 
     def begin_stage(self) -> Any:  # noqa: ANN401
-        """What the hook makes at its first iteration."""
+        """Objects that the hook makes at its first iteration."""
         self.runner.iter = 3
         self.hook.before_train_iter(self.runner, 0, None)
         return self.model.stage[0]
@@ -361,7 +361,7 @@ def test_the_configuration(setting: Setting) -> None:
 
 
 def test_unsure_pixels_are_in_the_mean_of_the_cross_entropy(setting: Setting) -> None:
-    """What the page says of `avg_non_ignore`."""
+    """`avg_non_ignore` has the effect that the page states."""
     (image, labels), model = setting.source[0], setting.model.eval()
     assert labels is not None
     half = labels.clone()

@@ -227,7 +227,7 @@ def prototypes() -> Tensor:
 
 @pytest.fixture
 def n(prototypes: Tensor, tmp_path: Path) -> SimpleNamespace:
-    """What `train.py` has made: the model, with the anchors of a file that ProDA wrote."""
+    """The model as `train.py` makes it, with the anchors of a file that ProDA wrote."""
     model = CustomModel()
     torch.save(prototypes, tmp_path / "prototypes_on_cityscapes_from_deeplabv2")
     train = SimpleNamespace(
