@@ -1,4 +1,4 @@
-"""How Sphinx builds the pages: offline, from Markdown and docstrings, every warning an error.
+"""Settings of Sphinx: offline, from Markdown and docstrings, every warning an error.
 
 make docs
 """
@@ -6,16 +6,21 @@ make docs
 import sys
 from pathlib import Path
 
-import matplotlib
-
 import anchorda
 
-sys.path.insert(0, str(Path(__file__).parent))  # formulas, names
+sys.path.insert(0, str(Path(__file__).parent))  # card, formulas, names
 
 project = "anchorda"
 author = "The anchorda developers"
 version = release = anchorda.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "formulas", "names"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "card",
+    "formulas",
+    "names",
+]
 
 # Markdown. Headings are link targets, as they are for whoever reads the files in the repository.
 myst_enable_extensions = ["dollarmath"]
@@ -41,11 +46,14 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = f"anchorda {version}"
 html_math_renderer = "mathml"
-# For formulas where the reader's machine has no font with their brackets and signs.
-FORMULA_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf")
-html_static_path = ["static", str(FORMULA_FONT)]
+html_static_path = ["static"]
 html_css_files = ["pages.css"]
+html_favicon = "static/favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options = {
+    "navigation_with_keys": True,
+    "light_css_variables": {"scroll-cue": "rgb(0 0 0 / 35%)"},
+    "dark_css_variables": {"scroll-cue": "rgb(255 255 255 / 40%)"},
+}

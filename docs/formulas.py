@@ -1,7 +1,6 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, nothing to fetch.
+"""Formulas as MathML, which browsers draw by themselves, in the font that ships with the pages.
 
-The LaTeX is converted by docutils, which Sphinx is built on anyway; what it does not know is a
-warning with its place, so an error of the build.
+docutils converts the LaTeX. What it does not know is a warning with its place: the build fails.
 """
 
 import re
@@ -20,6 +19,11 @@ _ACCENTED = re.compile(
     r'(<mo stretchy="false">[ˆˉ]</mo>)\s*</munderover>',
     re.DOTALL,
 )
+# docutils leaves no space around the names of functions, and writes a bar as a low line.
+_BEFORE_LOG = re.compile(r"(</m(?:i|sub|sup|subsup)>)\s*(?=<mi>log</mi>)")
+_AFTER_NAME = re.compile(r"(<mi>(?:log|exp|arg)</mi>\s*<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()")
+_SPACE = r'\1<mspace width="0.17em"></mspace>'
+_BAR = re.compile(r'<mo accent="true">_</mo>')
 
 
 def mathml(formula: str, node: nodes.Element, *, as_block: bool = False) -> str:
@@ -32,13 +36,15 @@ def mathml(formula: str, node: nodes.Element, *, as_block: bool = False) -> str:
     except MathError as error:
         getLogger(__name__).warning("%s in %r", error, formula, location=node)
         return formula
+    converted = _AFTER_NAME.sub(_SPACE, _BEFORE_LOG.sub(_SPACE, converted))
+    converted = _BAR.sub('<mo stretchy="true" accent="true">‾</mo>', converted)
     converted = _ACCENTED.sub(r'<msub><mover accent="true">\1\3</mover>\2</msub>', converted)
     # The bar with an index would be as tall as that alone, the other one as all between them.
     return converted.replace(">‖</mo>", ' stretchy="false">‖</mo>')
 
 
 def parts_of(formula: str) -> list[str]:
-    r"""What stands between the ``\qquad`` of a formula, unless one is inside of something."""
+    r"""Split a formula at its ``\qquad``, unless one is inside of braces or an environment."""
     parts = formula.split(r"\qquad")
     whole = all(
         part.count("{") == part.count("}") and part.count(r"\begin") == part.count(r"\end")

@@ -73,7 +73,7 @@ def linear_discriminant(
 ) -> LinearDiscriminant:
     r"""Return the linear classifier that nearest anchors in the metric of a covariance amount to.
 
-    .. math:: w_k = \Sigma_s^{-1} a_k, \qquad b_k = -\tfrac12 a_k^\top \Sigma_s^{-1} a_k, \qquad
+    .. math:: w_k = \Sigma_s^{-1} a_k, \qquad b_k = -\frac{1}{2} a_k^\top \Sigma_s^{-1} a_k, \qquad
               \Sigma_s = (1 - s)\, \Sigma + s\, \tfrac{\operatorname{tr} \Sigma}{D} I
 
     The largest :math:`w_k^\top x + b_k` is the least Mahalanobis distance
