@@ -28,6 +28,7 @@ test: lint types unit docs dist
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python tests/words.py
 
 types: $(VENV)/installed
 	$(BIN)/mypy

@@ -34,12 +34,12 @@ STATES: dict[str, Callable[[], State]] = {
 
 
 def bytes_of(state: State) -> int:
-    """The bytes that have to be added up."""
+    """Return the bytes that have to be added up."""
     return sum(value.nbytes for value in state.state_dict().values())
 
 
 def filled(create: Callable[[], State]) -> State:
-    """A state in which every class is seen."""
+    """Return a state in which every class is seen."""
     state = create()
     state.counts.random_(1, 1000)
     if isinstance(state, CategoryAnchors):
@@ -48,7 +48,7 @@ def filled(create: Callable[[], State]) -> State:
 
 
 def seconds_of(collective: Callable[[], object]) -> float:
-    """How long it takes on this rank, once all ranks are there."""
+    """Return the duration on this rank, after all ranks have arrived."""
     dist.barrier()
     start = time.perf_counter()
     collective()
@@ -78,7 +78,7 @@ def measure(rank: int, ranks: int, repetitions: int, folder: Path) -> None:
 
 
 def shown(seconds: list[float]) -> str:
-    """Median and spread in milliseconds."""
+    """Return the median and spread in milliseconds."""
     tenths = statistics.quantiles(seconds, n=10)
     low, middle, high = (1e3 * s for s in (tenths[0], statistics.median(seconds), tenths[-1]))
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"

@@ -22,7 +22,7 @@ COVERAGES = [0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99]
 
 
 def draw_scores() -> dict[str, Tensor]:
-    """Scores as networks have them, from unit-norm features to saturated probabilities."""
+    """Return scores as networks have them, from unit-norm features to saturated probabilities."""
     margins = torch.randn(PIXELS).abs() * torch.rand(PIXELS)
     logits = torch.randn(PIXELS, 19)
     return {
@@ -36,7 +36,7 @@ def draw_scores() -> dict[str, Tensor]:
 
 
 def errors(scores: Tensor) -> tuple[float, float, float]:
-    """The largest errors of a minimum, relative to s and to 1 − s, and of a coverage."""
+    """Return the largest errors of a minimum, relative to s and to 1 − s, and of a coverage."""
     calibrator = ScoreCalibrator(1)
     calibrator.update(torch.zeros(PIXELS, dtype=torch.int64), scores)
     ordered = scores.double().sort(descending=True).values
@@ -53,7 +53,7 @@ def errors(scores: Tensor) -> tuple[float, float, float]:
 
 
 def milliseconds(function: Callable[[], object]) -> float:
-    """The time of one call."""
+    """Return the time of one call."""
     start = time.perf_counter()
     function()
     return 1000 * (time.perf_counter() - start)

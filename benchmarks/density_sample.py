@@ -19,7 +19,7 @@ SIZES = (64, 256, 1024)
 
 
 def predictions(pixels: int, num_classes: int, seed: int) -> Tensor:
-    """Logits (P, C) of classes from frequent to rare, each pixel as certain as it happens to be."""
+    """Return logits (P, C) of classes from frequent to rare, of random certainty."""
     generator = torch.Generator().manual_seed(seed)
     shares = torch.rand(num_classes, generator=generator) ** 4
     classes = torch.multinomial(shares, pixels, replacement=True, generator=generator)
@@ -29,7 +29,7 @@ def predictions(pixels: int, num_classes: int, seed: int) -> Tensor:
 
 
 def exact_density(logits: Tensor, copies: int) -> float:
-    """The score of every pixel repeated some times, in chunks of rows."""
+    """Return the exact score of repeated pixels, computed in chunks of rows."""
     x = normalize(logits.double().softmax(dim=1), dim=1)
     total = 0.0
     for start in range(0, len(x), 256):

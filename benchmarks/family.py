@@ -38,7 +38,7 @@ TEMPERATURE = 0.5
 
 @cache
 def discriminant_of(anchors: Tensor) -> anchorda.LinearDiscriminant:
-    """A discriminant, computed in float64; its cost is no part of the labels'."""
+    """Return a discriminant, computed in float64; its cost is no part of the labels'."""
     covariance = torch.diag(torch.linspace(0.5, 2.0, anchors.shape[1])).to(anchors)
     return anchorda.linear_discriminant(anchors, covariance)
 
@@ -49,7 +49,7 @@ def logits(inputs: Inputs) -> Answer:
 
 
 def logits_by_convolution(inputs: Inputs) -> Answer:
-    """The classifier of most networks."""
+    """Return logits by a 1×1 convolution, the classifier of most networks."""
     weight, bias = discriminant_of(inputs.anchors)
     weight = weight.to(inputs.features)[:, :, None, None]
     return (F.conv2d(inputs.features, weight, bias.to(inputs.features)).flatten(2),)
@@ -66,7 +66,7 @@ def probabilities(inputs: Inputs, similarity: str) -> Answer:
 
 
 def probabilities_by_torch(inputs: Inputs, similarity: str) -> Answer:
-    """The obvious way."""
+    """Return probabilities by torch.cdist or normalized products, and a softmax."""
     rows, anchors = flat(inputs.features), inputs.anchors
     if similarity == "euclidean":
         scores = -torch.cdist(rows, anchors)
@@ -82,13 +82,13 @@ def soft_sums(inputs: Inputs) -> Answer:
 
 
 def soft_sums_by_product(inputs: Inputs) -> Answer:
-    """One product for each image."""
+    """Return sums by one product for each image."""
     p, x = memberships(inputs).flatten(2), inputs.features.flatten(2)
     return (p @ x.mT).sum(dim=0), p.sum(dim=(0, 2))
 
 
 def memberships(inputs: Inputs) -> Tensor:
-    """Probabilities of the labels, 0.7 for the own class."""
+    """Return probabilities of the labels, 0.7 for the own class."""
     one_hot = F.one_hot(inputs.labels.clamp(max=len(inputs.anchors)), len(inputs.anchors) + 1)
     return 0.7 * one_hot[..., :-1].movedim(-1, 1).to(inputs.features)
 
@@ -101,7 +101,7 @@ def covariance(inputs: Inputs) -> Answer:
 
 
 def covariance_by_offsets(inputs: Inputs) -> Answer:
-    """The labeled pixels picked out, and their offsets from the class means."""
+    """Return the covariance from the offsets of the labeled pixels, by boolean indexing."""
     labeled = inputs.labels.flatten() < len(inputs.anchors)
     rows, labels = flat(inputs.features)[labeled], inputs.labels.flatten()[labeled]
     sums = torch.zeros_like(inputs.anchors).index_add(0, labels, rows)
@@ -118,7 +118,7 @@ def contrast(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
 
 
 def contrast_by_torch(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """The obvious way."""
+    """Return the loss by normalized products and a cross-entropy."""
     scores = F.normalize(flat(features), dim=1) @ F.normalize(anchors, dim=1).T / TEMPERATURE
     targets = labels.flatten().where(labels.flatten() < len(anchors), -100)
     return F.cross_entropy(scores, targets)
@@ -132,7 +132,7 @@ def distribution(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
 
 
 def distribution_by_torch(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """The obvious way."""
+    """Return the loss by products of all pixels and classes."""
     rows = flat(features)
     linear, squared = rows @ anchors.T / 10, rows.square() @ anchors.abs().T / 200
     targets = labels.flatten()
@@ -148,7 +148,7 @@ def distance_to_map(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor
 
 
 def distance_to_map_by_torch(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """The obvious way."""
+    """Return the loss by offsets of all pixels."""
     distances: Tensor = (features - features.detach().flip(0)).norm(dim=1)
     return distances.mean()
 

@@ -1,4 +1,4 @@
-"""What the operators cost, as ratios to a floor of the same run, beside what one would use instead.
+"""The cost of the operators, as ratios to a floor of the same run, and of alternatives to them.
 
     python benchmarks/operators.py --output runs/bench        # or: make bench
     python benchmarks/operators.py --busy 2                   # beside two busy processes
@@ -11,7 +11,7 @@ them, and one whose answers differ from float64 is not reported. Each is called 
 it is timed, and then `--repeats` times; on CUDA the device is waited for before and after every
 call, so that what it costs to launch a call is part of it. Faiss, PyKeOps and a compiler are used
 where they are. On a CPU, ours are also timed on one thread of torch. Extra memory is the most that
-the process holds during a call beyond what it held before, the result included, as a fraction of
+the process uses during a call beyond what it used before, the result included, as a fraction of
 the features; it is measured in Linux, and on CUDA, where it is what torch allocates.
 
 `--busy K` keeps K other processes busy, each with one core as far as it gets one, as the workers of
@@ -70,7 +70,7 @@ WARM_UPS = 3
 
 
 class Case(NamedTuple):
-    """What to measure on."""
+    """Sizes, dtype, layout and device of a measurement."""
 
     shape: tuple[int, ...]
     """Of the labels: (N, H, W), or (P,) for features (P, D)."""
@@ -90,7 +90,7 @@ class Inputs(NamedTuple):
     anchors: Tensor
 
     def double(self) -> "Inputs":
-        """The same, to compute the truth from."""
+        """Return the same inputs in float64, to compute the truth from."""
         return Inputs(self.features.double(), self.labels, self.anchors.double())
 
 
@@ -99,7 +99,7 @@ Contender = Callable[[Inputs], Answer]
 
 
 def draw(case: Case, device: str) -> Inputs:
-    """Features around the anchors of their classes, a tenth of them unlabeled.
+    """Return features around the anchors of their classes, a tenth of them unlabeled.
 
     Eight pixels in a row are of one class, as neighbors mostly are.
     """
@@ -118,7 +118,7 @@ def draw(case: Case, device: str) -> Inputs:
 
 
 def flat(features: Tensor) -> Tensor:
-    """Features (N, D, *) as rows (P, D)."""
+    """Return features (N, D, *) as rows (P, D)."""
     return features.movedim(1, -1).reshape(-1, features.shape[1])
 
 
@@ -126,7 +126,7 @@ def flat(features: Tensor) -> Tensor:
 
 
 def product(inputs: Inputs) -> Answer:
-    """The floor."""
+    """Compute the floor: one product of features and anchors."""
     features, anchors = inputs.features, inputs.anchors
     if features.dim() == 2 or features.stride(1) == 1:
         return (flat(features) @ anchors.T,)
@@ -142,17 +142,17 @@ def label(inputs: Inputs) -> Answer:
 
 
 def kept(nearest: Tensor, margin: Tensor) -> Answer:
-    """Labels where the margin is large enough, and the margins."""
+    """Return labels where the margin is large enough, and the margins."""
     return torch.where(margin > MIN_MARGIN, nearest, IGNORE).flatten(), margin.flatten()
 
 
 def of_two(two: Tensor, found: Tensor) -> Answer:
-    """Labels and margins from the two smallest distances (P, 2)."""
+    """Return labels and margins from the two smallest distances (P, 2)."""
     return kept(found[:, 0], two[:, 1] - two[:, 0])
 
 
 def nearest_by_loop(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest class and margin, from a distance map for each class, as the released code does."""
+    """Return the nearest class and margin by a distance map for each class, as released."""
     maps = [(features - a.view(1, -1, *[1] * (features.dim() - 2))).norm(dim=1) for a in anchors]
     distances = torch.stack(maps, dim=1)
     first, nearest = distances.min(dim=1)
@@ -161,31 +161,31 @@ def nearest_by_loop(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def label_by_loop(inputs: Inputs) -> Answer:
-    """Class by class."""
+    """Return labels by a distance map for each class."""
     return kept(*nearest_by_loop(inputs.features, inputs.anchors))
 
 
 def label_by_cdist(inputs: Inputs) -> Answer:
-    """The obvious way."""
+    """Return labels by torch.cdist and the two smallest."""
     return of_two(*torch.cdist(flat(inputs.features), inputs.anchors).topk(2, largest=False))
 
 
 def true_labels(inputs: Inputs) -> Answer:
-    """The same; where the margin is too near to its minimum for float32, any label is right."""
+    """Return the true labels; near the minimum margin, any label is right in float32."""
     labels, margin = label_by_cdist(inputs)
     sure = (margin - MIN_MARGIN).abs() > TOLERANCE * margin.max()
     return labels.where(sure, EITHER), margin
 
 
 def label_by_formula(features: Tensor, anchors: Tensor) -> Answer:
-    """The squares multiplied out, in the dtype of the features."""
+    """Return labels by squares multiplied out, in the dtype of the features."""
     rows = flat(features)
     squared = rows.square().sum(1, keepdim=True) - 2 * rows @ anchors.T + anchors.square().sum(1)
     return of_two(*squared.clamp(min=0).sqrt().topk(2, largest=False))
 
 
 def label_by_blocks(inputs: Inputs) -> Answer:
-    """The same over blocks of rows; the square of a row changes no order, so it comes last."""
+    """Return the same by blocks of rows; a row's own square does not change the order."""
     squares, found = [], []
     for rows in flat(inputs.features).split(4096):
         less = torch.addmm(inputs.anchors.square().sum(1), rows, inputs.anchors.T, alpha=-2)
@@ -196,7 +196,7 @@ def label_by_blocks(inputs: Inputs) -> Answer:
 
 
 def label_by_faiss(inputs: Inputs) -> Answer:
-    """A search for the two nearest."""
+    """Return labels by a search for the two nearest."""
     import faiss  # type: ignore[import-not-found]
 
     index = faiss.IndexFlatL2(inputs.features.shape[1])
@@ -206,7 +206,7 @@ def label_by_faiss(inputs: Inputs) -> Answer:
 
 
 def label_by_keops(inputs: Inputs) -> Answer:
-    """A symbolic matrix of distances, reduced to the two smallest of each row."""
+    """Return labels by a symbolic matrix of distances, reduced to the two smallest."""
     from pykeops.torch import LazyTensor  # type: ignore[import-not-found]
 
     rows, anchors = flat(inputs.features).contiguous()[:, None], inputs.anchors[None]
@@ -225,7 +225,7 @@ def sums(inputs: Inputs) -> Answer:
 
 
 def sums_by_loop(inputs: Inputs) -> Answer:
-    """Boolean indexing, as the released code does it."""
+    """Return sums by boolean indexing, as the released code does."""
     rows, labels = flat(inputs.features), inputs.labels.flatten()
     chosen = [rows[labels == c] for c in range(len(inputs.anchors))]
     counts = torch.tensor([len(rows) for rows in chosen], device=labels.device)
@@ -233,7 +233,7 @@ def sums_by_loop(inputs: Inputs) -> Answer:
 
 
 def sums_by_index_add(inputs: Inputs) -> Answer:
-    """One scattered addition."""
+    """Return sums by one scattered addition."""
     classes = len(inputs.anchors)
     labels = inputs.labels.flatten().clamp(max=classes)
     zeros = inputs.features.new_zeros(classes + 1, inputs.features.shape[1])
@@ -242,7 +242,7 @@ def sums_by_index_add(inputs: Inputs) -> Answer:
 
 
 def sums_by_product(inputs: Inputs) -> Answer:
-    """Labels as one-hot vectors, and one product for each image."""
+    """Return sums by one-hot labels and one product for each image."""
     classes, features = len(inputs.anchors), inputs.features
     members = F.one_hot(inputs.labels.clamp(max=classes), classes + 1)[..., :classes]
     weights = members.to(features.dtype)
@@ -256,12 +256,12 @@ def sums_by_product(inputs: Inputs) -> Answer:
 
 
 def copy(inputs: Inputs) -> Answer:
-    """The floor."""
+    """Compute the floor: one copy of the features."""
     return (inputs.features.clone(),)
 
 
 def with_gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Answer:
-    """A loss and its gradient in the features, scaled up: float16 could not hold it otherwise."""
+    """Return a loss and its gradient in the features, scaled up for float16."""
     features = inputs.features.detach().requires_grad_()
     value = loss(features, inputs.labels, inputs.anchors)
     (gradient,) = torch.autograd.grad(value, features, torch.full_like(value, 2.0**15))
@@ -269,21 +269,21 @@ def with_gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inpu
 
 
 def distance_by_mask(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """The active pixels picked out by boolean indexing."""
+    """Return the distance loss of active pixels, by boolean indexing."""
     active = labels < len(anchors)
     loss: Tensor = (features.movedim(1, -1)[active] - anchors[labels[active]]).norm(dim=1).mean()
     return loss
 
 
 def distance_by_gather(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """The anchor of every pixel, gathered."""
+    """Return the distance loss by gathering the anchor of every pixel."""
     active = labels < len(anchors)
     chosen = anchors[labels.where(active, 0)].movedim(-1, 1)
     return torch.where(active, (features - chosen).norm(dim=1), 0).sum() / active.sum()
 
 
 def contrast_by_cdist(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """The obvious way."""
+    """Return the loss by torch.cdist and a cross-entropy."""
     logits = -torch.cdist(flat(features), anchors)
     loss: Tensor = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE)
     return loss
@@ -293,7 +293,7 @@ def contrast_by_cdist(features: Tensor, labels: Tensor, anchors: Tensor) -> Tens
 
 
 class Operator(NamedTuple):
-    """Who takes part."""
+    """An operator: its floor, its inputs and its contenders."""
 
     floor_name: str
     floor: Contender
@@ -302,7 +302,7 @@ class Operator(NamedTuple):
     contenders: dict[str, Contender]
 
     def alone(self) -> "Operator":
-        """Ours without the others."""
+        """Return the operator without its alternatives."""
         return self._replace(contenders={OURS: self.contenders[OURS]})
 
 
@@ -345,7 +345,7 @@ OPERATORS = {
 
 
 def optional_labelers(device: str) -> dict[str, Contender]:
-    """What labels by means that are not everywhere."""
+    """Return the labelers of packages that may not be installed."""
     found: dict[str, Contender] = {}
     has_compiler = shutil.which("c++") is not None
     if has_compiler or device == "cuda":
@@ -382,7 +382,7 @@ class Measurement(NamedTuple):
 
 
 def is_right(answer: Answer, truth: Answer) -> bool:
-    """Whether integers are the truth's, and numbers nearly: to float32's precision or their own."""
+    """Return True if integers equal the truth, and numbers do within their precision."""
     for got, expected in zip(answer, truth, strict=True):
         if got.shape != expected.shape:
             return False
@@ -397,7 +397,7 @@ def is_right(answer: Answer, truth: Answer) -> bool:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory that a call holds beyond what was held before; −1 where unknown."""
+    """Return the most memory that a call uses beyond what was in use before; −1 if unknown."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -407,7 +407,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
         return -1
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak is now what is held
+    Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak is now the memory in use
     run()
     return resident_bytes("VmHWM") - before
 
@@ -432,7 +432,7 @@ def return_freed_memory() -> None:
 
 
 def milliseconds(run: Callable[[], object], device: str) -> float:
-    """Of one call, from an idle device to an idle device."""
+    """Return the time of one call, from an idle device to an idle device."""
     if device == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -443,7 +443,7 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
 
 
 def right_ones(name: str, operator: Operator, inputs: Inputs) -> dict[str, Contender]:
-    """The contenders whose answers are right; that ours are is taken for granted nowhere."""
+    """Return the contenders whose answers are right, the library's own included."""
     truth, right = operator.truth(inputs.double()), {}
     for who, run in operator.contenders.items():
         if is_right(run(inputs), truth):
@@ -458,7 +458,7 @@ def right_ones(name: str, operator: Operator, inputs: Inputs) -> dict[str, Conte
 def measure(
     name: str, operator: Operator, case: Case, device: str, repeats: int
 ) -> list[Measurement]:
-    """One operator on one case: the floor, and every contender that is right."""
+    """Measure one operator on one case: the floor, and every contender that is right."""
     inputs = draw(case, device)
     runs = {operator.floor_name: operator.floor, **right_ones(name, operator, inputs)}
     calls = {who: partial(run, inputs) for who, run in runs.items()}
@@ -496,7 +496,7 @@ def measure(
 
 
 def on_one_thread(run: Contender, inputs: Inputs) -> Answer:
-    """A contender where torch has one thread."""
+    """Return a contender that runs with one thread of torch."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -507,7 +507,7 @@ def on_one_thread(run: Contender, inputs: Inputs) -> Answer:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Processes that compute all the time."""
+    """Run processes that compute all the time."""
     command = [sys.executable, "-c", "while True: pass"]
     running = [subprocess.Popen(command) for _ in range(count)]
     try:
@@ -519,7 +519,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def layouts(shape: tuple[int, ...]) -> list[Case]:
-    """Every layout in every dtype."""
+    """Return cases of every layout in every dtype."""
     return [
         Case(of_labels, layout=layout, dtype=dtype)
         for dtype in ("float32", "bfloat16", "float16")
@@ -531,7 +531,7 @@ def layouts(shape: tuple[int, ...]) -> list[Case]:
 
 
 def sweeps(shape: tuple[int, int, int]) -> dict[str, list[Case]]:
-    """More and more pixels, channels and classes, and features farther from their anchors."""
+    """Return cases of increasing pixels, channels, classes and distance from anchors."""
     n, h, w = shape
     shapes = [(1, h // 4, w // 4), (1, h // 2, w // 2), (1, h, w), shape, (2 * n, h, w)]
     half = (math.ceil(n / 2), h, w)  # the widest features fill as much memory as four such halves
@@ -547,7 +547,7 @@ def sweeps(shape: tuple[int, int, int]) -> dict[str, list[Case]]:
 
 
 def contender_table(rows: list[Measurement]) -> str:
-    """All there is about each contender."""
+    """Return the table of all measurements of each contender."""
     head = ["operator", "contender", "ms, median (10–90 %)", "ratio", "extra memory"]
     body = [
         [
@@ -560,7 +560,7 @@ def contender_table(rows: list[Measurement]) -> str:
 
 
 def our_table(rows: list[Measurement], down: tuple[str, ...], across: str) -> str:
-    """Ratio, milliseconds and extra memory of ours, by the fields that go down and across."""
+    """Return a table of ratio, milliseconds and extra memory of the library's operators."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         if row.contender == OURS:

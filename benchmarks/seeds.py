@@ -1,4 +1,4 @@
-"""Put runs of the example that differ in their seed alone side by side.
+"""Compare runs of the example that differ in their seed alone.
 
     python benchmarks/seeds.py runs/demo-seed0 runs/demo-seed1 runs/demo-seed2
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 def read_scores(run: Path) -> dict[str, float]:
-    """The mIoU in percent after each phase of a run."""
+    """Return the mIoU in percent after each phase of a run."""
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     events = [event for event in map(json.loads, lines) if event["kind"] == "evaluation"]
     return {event["phase"]: 100 * event["miou"] for event in events}
 
 
 def score_cells(values: list[float], sign: str = "") -> list[str]:
-    """Scores by seed, then their mean ± standard deviation."""
+    """Return scores by seed, then their mean ± standard deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return [
         *(f"{v:{sign}.1f}" for v in values),
@@ -29,7 +29,7 @@ def score_cells(values: list[float], sign: str = "") -> list[str]:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with right-aligned numbers."""
+    """Return a Markdown table with right-aligned numbers."""
     rule = [":--", *["--:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 

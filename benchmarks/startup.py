@@ -1,4 +1,4 @@
-"""What `import anchorda` adds to `import torch`.
+"""The time that `import anchorda` adds to `import torch`.
 
     python benchmarks/startup.py
 
@@ -20,7 +20,7 @@ OURS = "`import anchorda` once torch is there"
 
 
 def milliseconds(*statements: str) -> list[float]:
-    """What each of some statements takes, one after the other in a fresh interpreter."""
+    """Return the time of each statement, run in order in a fresh interpreter."""
     program = "import time"
     for statement in statements:
         program += f"\nbegun = time.perf_counter()\n{statement}\nprint(time.perf_counter() - begun)"

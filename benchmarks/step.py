@@ -47,7 +47,7 @@ WARM_UPS = 2
 
 
 class Blocks(NamedTuple):
-    """What a step of the example takes from the library; labels are 255 where they are ignored."""
+    """The blocks of the library in a step of the example; ignored labels are 255."""
 
     label_by_anchor: Callable[[anchorda.StageLabeler, Tensor], Tensor]
     """Of features."""
@@ -73,13 +73,13 @@ WITH_ANCHORDA = Blocks(
 
 
 def anchor_labels_by_hand(stage: anchorda.StageLabeler, features: Tensor) -> Tensor:
-    """A distance map for each class."""
+    """Return labels by a distance map for each class."""
     nearest, margin = nearest_by_loop(features.float(), stage.centroids)
     return torch.where(margin > stage.by_anchor.min_margin, nearest, IGNORE)
 
 
 def probability_labels_by_hand(stage: anchorda.StageLabeler, logits: Tensor) -> Tensor:
-    """The largest of the softmax."""
+    """Return labels by the largest of the softmax."""
     probability, best = logits.float().softmax(dim=1).max(dim=1)
     return torch.where(probability > stage.by_probability.min_probability, best, IGNORE)
 
@@ -98,7 +98,7 @@ WAYS = {"anchorda": WITH_ANCHORDA, "by hand": BY_HAND}
 def pseudo_labels(
     blocks: Blocks, stage: anchorda.StageLabeler, features: Tensor, logits: Tensor
 ) -> dict[str, Tensor]:
-    """Both label maps of the target."""
+    """Return both label maps of the target."""
     return {
         "anchor": blocks.label_by_anchor(stage, features),
         "probability": blocks.label_by_probability(stage, logits),
@@ -114,7 +114,7 @@ def block_losses(
     anchors: Tensor,
     weight: float,
 ) -> dict[str, Tensor]:
-    """The losses at the resolution of the features; half of the images are source, half target."""
+    """Return the losses at the features' resolution; half of the images are source."""
     source, target = features.chunk(2)
     source_logits, target_logits = logits.chunk(2)
     resized = blocks.resize_labels(labels, features.shape[2:])
@@ -135,7 +135,7 @@ def step_losses(
     augment: Callable[[Tensor], Tensor],
     weight: float,
 ) -> dict[str, Term]:
-    """The losses of `method.paper_losses`, with exchangeable blocks."""
+    """Return the losses of `method.paper_losses`, with exchangeable blocks."""
     source, labels, target = batch
     with torch.no_grad():
         pseudo = pseudo_labels(blocks, stage, *segment(stage.network, target))
@@ -156,7 +156,7 @@ def blocks_alone(
     labels: Tensor,
     weight: float,
 ) -> None:
-    """What of a step is the blocks', on what the networks have come to; gradients included."""
+    """Return a call of the blocks of a step alone, with gradients, on computed features."""
     pseudo = pseudo_labels(blocks, stage, features.chunk(2)[1], logits.chunk(2)[1])
     features = features.detach().requires_grad_()
     logits = logits.detach().requires_grad_()
@@ -176,7 +176,7 @@ def settle(network: Segmenter, images: Tensor) -> None:
 
 
 def clear_minimum(scores: Tensor) -> Tensor:
-    """The middle of the widest gap between the quartiles, which rounding takes no score across."""
+    """Return the middle of the widest gap between the quartiles: rounding crosses no gap."""
     ordered = scores.flatten().sort().values
     middle = ordered[len(ordered) // 4 : 3 * len(ordered) // 4 + 2]
     widest = middle.diff().argmax()
@@ -184,7 +184,7 @@ def clear_minimum(scores: Tensor) -> Tensor:
 
 
 def drawn_stage(network: Segmenter, images: Tensor) -> Stage:
-    """A stage whose anchors are features of the images, and whose minimums about half exceed."""
+    """Return a stage whose anchors are features, with minimums that half of them exceed."""
     anchors = torch.zeros(NUM_CLASSES, network.feature_dim, device=images.device)
     labeler = anchorda.StageLabeler(network, anchors, extract=segment)
     with torch.no_grad():
@@ -199,7 +199,7 @@ def drawn_stage(network: Segmenter, images: Tensor) -> Stage:
 
 
 def drawn_batch(settings: Settings) -> list[Tensor]:
-    """Source images, their labels, an eighth of them ignored, and target images."""
+    """Return the source images, their labels, an eighth of them ignored, and target images."""
     count, (height, width) = settings.stages.stage_batch, settings.data.crop
     device = settings.run.device
     source, target = torch.rand(2, count, 3, height, width, device=device).unbind()
@@ -209,7 +209,7 @@ def drawn_batch(settings: Settings) -> list[Tensor]:
 
 
 def no_images(settings: Settings) -> Data:
-    """The augmentation of the settings, and no images: a batch is drawn."""
+    """Return the augmentation of the settings, and no images: a batch is drawn."""
     transform = ResizeAndCrop(settings.data.resize)
     labeled, unlabeled = LabeledImages([], transform), UnlabeledImages([], transform)
     return Data(
@@ -243,7 +243,7 @@ def check_losses(objectives: Mapping[str, Objective], batch: Batch) -> None:
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
-    """Ascending seconds of every repeat, after some that are not counted."""
+    """Return ascending seconds of every repeat, after some that are not counted."""
     times: dict[str, list[float]] = {who: [] for who in runs}
     for turn in range(WARM_UPS + REPEATS):
         for who, run in runs.items():
@@ -254,7 +254,7 @@ def in_turns(runs: Mapping[str, Callable[[], object]], device: str) -> dict[str,
 
 
 def measure(settings: Settings) -> list[list[str]]:
-    """A row of the table for each way."""
+    """Return a row of the table for each way."""
     device = torch.device(settings.run.device).type
     network = new_network(settings.network, settings.run.seed, torch.device(settings.run.device))
     batch = drawn_batch(settings)

@@ -5,7 +5,7 @@ What follows ``--`` goes to every run of the example unchanged:
     python benchmarks/warm_ups.py --output runs/warm-ups --seeds 0 1 2 --jobs 2 -- \
         --source DIR --target DIR --threads 1
 
-Runs that are already there are kept. The tables, in Markdown, go to OUTPUT/results.md and the
+Finished runs are not repeated. The tables, in Markdown, go to OUTPUT/results.md and the
 terminal.
 """
 
@@ -20,7 +20,7 @@ WARM_UPS = {"source": ["--baseline"], "adversarial": ["--warmup", "adversarial"]
 
 
 def score_table(output: Path, seeds: list[int]) -> str:
-    """The mIoU after every phase of both: each seed, mean and deviation; then the differences."""
+    """Return a table of the mIoU after every phase, by seed, and the differences."""
     rows = []
     scores = {
         kind: [read_scores(output / f"seed{seed}" / kind) for seed in seeds] for kind in WARM_UPS
@@ -37,7 +37,7 @@ def score_table(output: Path, seeds: list[int]) -> str:
 
 
 def class_table(output: Path, seeds: list[int]) -> str:
-    """The IoU of each class after warm-up and last stage, means over the seeds."""
+    """Return the IoU of each class after warm-up and last stage, means over the seeds."""
     table = {}
     for kind in WARM_UPS:
         by_seed = read_events(output, seeds, kind, "evaluation")

@@ -1,4 +1,4 @@
-"""Where the time of our operators goes on a CPU: the calls into torch that take most of it.
+"""A profile of the operators on a CPU: the calls into torch that cost most.
 
     python benchmarks/where.py
 
@@ -18,7 +18,7 @@ MOST = 6
 
 
 def largest_parts(name: str, case: Case) -> list[str]:
-    """A row: the milliseconds of one call, and what they are spent on."""
+    """Return a row: the milliseconds of one call, and its largest parts."""
     inputs, run = draw(case, "cpu"), OPERATORS[name].contenders[OURS]
     run(inputs)
     with profile() as recorded:

@@ -38,7 +38,7 @@ SHOWN = ("road", "building", "vegetation", "sky", "car", "sidewalk")
 
 
 def margins() -> Figure:
-    """Three anchors in a plane: the areas that margins of different size leave labeled."""
+    """Draw three anchors in a plane, and the areas that margins of different size label."""
     anchors = torch.tensor([[-1.6, -1.0], [1.8, -0.6], [0.1, 1.7]])
     feature = torch.tensor([-0.5, -1.6])
     figure = Figure((8, 4.1), dpi=140, layout="constrained")
@@ -143,7 +143,7 @@ def calibrated(labeled: Labeled, scenes: Scenes) -> anchorda.ScoreCalibrator:
 
 
 def active_pixels() -> Figure:
-    """A target image, its margins, and the pixels that a coverage of a half labels."""
+    """Draw a target image, its margins, and the pixels that a coverage of a half labels."""
     labeled = trained()
     minimum = calibrated(labeled, labeled.target).min_score_for_coverage(0.5)
     image, truth = labeled.target.images[2], labeled.target.labels[2]
@@ -182,7 +182,7 @@ def active_pixels() -> Figure:
 
 
 def precision_coverage() -> Figure:
-    """Precision against coverage of the anchor labels of six classes, on both domains."""
+    """Draw precision against coverage of the anchor labels of six classes, on both domains."""
     labeled = trained()
     domains = {"source, held out": labeled.source, "target": labeled.target}
     curves = {name: calibrated(labeled, scenes).curve() for name, scenes in domains.items()}

@@ -13,7 +13,7 @@ from sphinx.util.logging import getLogger
 from sphinx.writers.html5 import HTML5Translator
 
 _TEXT = re.compile(r"\\text\{[^}]*\}")
-# An accented letter with an index, which docutils puts under the letter.
+# An accented letter with an index, which docutils writes under the letter.
 _ACCENTED = re.compile(
     r"<munderover>\s*(<mi>\w</mi>)\s*((?:(?!<munderover>).)*?)\s*"
     r'(<mo stretchy="false">[ˆˉ]</mo>)\s*</munderover>',

@@ -37,7 +37,7 @@ class LinkNames(SphinxTransform):
 
 
 def is_public(name: str) -> bool:
-    """Whether this is ``CategoryAnchors``, ``CategoryAnchors.update``, ``released.…`` or alike."""
+    """Return True for ``CategoryAnchors``, ``CategoryAnchors.update``, ``released.…`` etc."""
     first, _, member = name.partition(".")
     if first == "released":
         return hasattr(anchorda.released, member)

@@ -54,7 +54,7 @@ class Network(nn.Module):
         self.classifier = nn.Linear(2, NUM_CLASSES)
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, 2) and logits (N, C)."""
+        """Return features (N, 2) and logits (N, C)."""
         features = self.encoder(points)
         return features, self.classifier(features)
 
@@ -95,7 +95,7 @@ def begin_stage(network: Network, source: Domain, target: Tensor) -> anchorda.St
 
 @torch.no_grad()
 def accuracy(network: Network, domain: Domain) -> float:
-    """The fraction of points that the network classifies right."""
+    """Return the fraction of points that the network classifies right."""
     confusion = anchorda.ConfusionMatrix(NUM_CLASSES)
     confusion.update(network(domain.points)[1].argmax(dim=1), domain.labels)
     return confusion.accuracy().item()

@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, one thread, a fixed seed; and shared fixtures."""
+"""The conditions of every test: poisoned memory, one thread, a fixed seed; and shared fixtures."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def _seed() -> None:
 
 @pytest.fixture(params=BLOCKS)
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Operators that walk in blocks of this many elements: pixel by pixel to all at once."""
+    """Limit the blocks of operators to this many elements: pixel by pixel to all at once."""
     elements: int = request.param
     monkeypatch.setattr(blocks, "_PART_BYTES_CPU", 8 * elements)
     monkeypatch.setattr(blocks, "_BLOCK_PIXELS_CPU", max(1, elements // 3))
@@ -39,5 +39,5 @@ def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden numbers; see its README."""
+    """Return the folder of golden numbers; see its README."""
     return Path(__file__).parent / "golden"

@@ -76,7 +76,7 @@ EXAMPLES = [
 
 
 def error_of(example: str) -> tuple[Exception, list[str]]:
-    """The error of an example, and the functions of `_checks` that it passes through."""
+    """Return the error of an example, and the functions of `_checks` that it passes through."""
     try:
         eval(example, dict(NAMES))
     except (TypeError, ValueError) as error:
@@ -86,7 +86,7 @@ def error_of(example: str) -> tuple[Exception, list[str]]:
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     lines = ["| call | error |", "| --- | --- |"]
     for example in EXAMPLES:
         error, _ = error_of(example)
@@ -97,7 +97,7 @@ def table() -> str:
 
 
 def with_table(guide: str) -> str:
-    """The guide with the table of today."""
+    """Return the guide with the table of today."""
     head, found, rest = guide.partition(BEGIN)
     tail = rest.partition(END)[2]
     assert found, f"{GUIDE.name} has no {BEGIN}"

@@ -77,20 +77,20 @@ class Draw:
         self.scale = self.rng.choice([1.0, 1.0, 1.0, 1e-3, 1e3])
 
     def one(self, *values: Any) -> Any:
-        """One of the values."""
+        """Return one of the values."""
         return self.rng.choice(values)
 
     def often(self, share: float = 0.5) -> bool:
-        """True in this share of the calls."""
+        """Return True in this share of the calls."""
         return self.rng.random() < share
 
     def shape(self) -> tuple[int, ...]:
-        """A label map's shape of any rank, now and then without a pixel."""
+        """Return a label map's shape of any rank, now and then without a pixel."""
         spatial = self.one((), (), (7,), (3, 4), (5, 2), (1, 1), (2, 3, 2), (0,), (4, 0))
         return (self.one(1, 1, 2, 3, 0), *spatial)
 
     def features(self, shape: Sequence[int], dim: int, *, scale: float | None = None) -> Tensor:
-        """Features (N, D, *) of any dtype and layout, some with a value that is not finite."""
+        """Return features (N, D, *) of any dtype and layout, some with a non-finite value."""
         n, *spatial = shape
         values = torch.randn(n, dim, *spatial) * (self.scale if scale is None else scale)
         if values.numel() and self.often(0.1):
@@ -100,7 +100,7 @@ class Draw:
         return values.requires_grad_() if self.often(0.3) and values.is_leaf else values
 
     def labels(self, shape: Sequence[int], num_classes: int) -> Tensor:
-        """Labels (N, *) of any integer dtype and layout, some of them ignored."""
+        """Return labels (N, *) of any integer dtype and layout, some of them ignored."""
         dtype = self.one(*INTEGERS)
         labels = torch.randint(num_classes, tuple(shape))
         ignored = self.one(-1, 250, 255, num_classes, 2**40, 100)
@@ -114,7 +114,7 @@ class Draw:
         return labels if dtype in INTEGERS[5:] else lay_out(labels, layout)
 
     def anchors(self, num_classes: int, dim: int, *, several: bool = True) -> Tensor:
-        """Anchors (C, D) or (C, M, D), now and then with unseen classes."""
+        """Return anchors (C, D) or (C, M, D), now and then with unseen classes."""
         shape = (num_classes, 2, dim) if several and self.often(0.2) else (num_classes, dim)
         anchors = 2 * self.scale * torch.randn(*shape)
         if self.often(0.3):
@@ -122,14 +122,14 @@ class Draw:
         return anchors.to(self.one(torch.float32, torch.float32, torch.float64))
 
     def integer(self, value: int) -> Any:
-        """The same integer in any form."""
+        """Return the same integer in any form."""
         forms: list[Callable[[int], Any]] = [int, int, np.int64, np.array, torch.tensor]
         if 0 <= value < 128:
             forms += [np.uint8, lambda v: torch.tensor(v, dtype=torch.uint16)]
         return self.one(*forms)(value)
 
     def number(self, value: float) -> Any:
-        """The same number in any form; it is exact in half precision."""
+        """Return the same number in any form; it is exact in half precision."""
         forms: list[Callable[[float], Any]] = [
             *(float, float, np.float32, np.float64, np.float16, np.array, torch.tensor),
             *(
@@ -142,7 +142,7 @@ class Draw:
         return self.one(*forms)(value)
 
     def per_class(self, values: Tensor) -> Any:
-        """The same values (C,) in any form."""
+        """Return the same values (C,) in any form."""
         array = values.numpy()
         forms: list[Callable[[], Any]] = [
             *(lambda: values, lambda: values.double(), lambda: array, lambda: array.astype(">f8")),
@@ -152,12 +152,12 @@ class Draw:
         return self.one(*forms)()
 
     def choice(self, name: str) -> Any:
-        """One of the choices of an argument, also as NumPy's string."""
+        """Return one of the choices of an argument, also as NumPy's string."""
         value = self.one(*CHOICES[name])
         return self.one(str, str, np.str_)(value)
 
     def moved(self, module: Any) -> Any:
-        """The same state after something that users do to modules."""
+        """Return the same state after something that users do to modules."""
         kind = self.one(*range(11))
         if kind == 0:
             return copy.deepcopy(module)
@@ -186,7 +186,7 @@ class Draw:
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
-    """A copy that may not be written to."""
+    """Return a copy that may not be written to."""
     copied = array.copy()
     copied.flags.writeable = False
     return copied
@@ -196,7 +196,7 @@ def frozen(array: np.ndarray) -> np.ndarray:
 
 
 def wrong_tensors(draw: Draw, value: Tensor) -> list[Callable[[], Any]]:
-    """Other tensors than the one that belongs there, some of which fit as well."""
+    """Return a tensor other than the right one; some of them fit as well."""
     plain = value.detach()
     wide = plain.long() if not plain.is_floating_point() else plain
     dtype = draw.one(*INTEGERS, *FLOATS, torch.bool, torch.complex64, torch.float8_e4m3fn)
@@ -260,7 +260,7 @@ WRONG_SIZES: list[Any] = [
 
 
 def other(draw: Draw, name: str, value: Any) -> Any:
-    """Something else in place of an argument."""
+    """Return something else in place of an argument."""
     if isinstance(value, Tensor) and value.ndim > 0:
         if draw.often(0.15):
             return draw.one(*WRONG_NUMBERS)
@@ -287,7 +287,7 @@ def other(draw: Draw, name: str, value: Any) -> Any:
 
 
 def integer(value: Any) -> int:
-    """An integer that may be given as one."""
+    """Return an integer that may be given as one."""
     if isinstance(value, (bool, np.bool_)) or (
         isinstance(value, Tensor) and value.dtype == torch.bool
     ):
@@ -303,7 +303,7 @@ def integer(value: Any) -> int:
 
 
 def number(value: Any) -> float:
-    """A number that may be given as one."""
+    """Return a number that may be given as one."""
     if isinstance(value, (bool, np.bool_, str, bytes, complex, decimal.Decimal)):
         raise FaultError(f"accepted {value!r} as a number")
     if isinstance(value, (int, float, np.integer, np.floating, fractions.Fraction)):
@@ -321,7 +321,7 @@ def number(value: Any) -> float:
 
 
 def temperature_of(arguments: Arguments) -> float:
-    """The temperature, which float32 must be able to divide by."""
+    """Return the temperature, which float32 must be able to divide by."""
     temperature = number(arguments["temperature"])
     if temperature < 1e-30:
         raise OverflowError("beyond float32")
@@ -329,7 +329,7 @@ def temperature_of(arguments: Arguments) -> float:
 
 
 def per_class(value: Any, num_classes: int) -> list[float]:
-    """One number for each class, of a number for all or of one for each."""
+    """Return one number for each class, from one for all or one for each."""
     if isinstance(value, (list, tuple)):
         values = [number(v) for v in value]
     elif isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1:
@@ -344,14 +344,14 @@ def per_class(value: Any, num_classes: int) -> list[float]:
 
 
 def tensor(value: Any, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """A dense tensor of one of these dtypes."""
+    """Return a dense tensor of one of these dtypes."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes or value.layout != torch.strided:
         raise FaultError(f"accepted {type(value).__name__} {getattr(value, 'dtype', '')}")
     return value.detach()
 
 
 def x_of(value: Any) -> Array:
-    """Rows of features or logits."""
+    """Return rows of features or logits."""
     values = tensor(value, FLOATS)
     if values.shape[1] == 0:
         return np.zeros((values.shape[0] * math.prod(values.shape[2:]), 0))
@@ -359,7 +359,7 @@ def x_of(value: Any) -> Array:
 
 
 def y_of(value: Any, features: Any) -> Labels:
-    """Labels in the order of the rows, of the shape of the features."""
+    """Return labels in the order of the rows, of the shape of the features."""
     labels = tensor(value, INTEGERS)
     if tuple(labels.shape) != (features.shape[0], *features.shape[2:]):
         raise FaultError(f"accepted labels {tuple(labels.shape)} for {tuple(features.shape)}")
@@ -367,14 +367,14 @@ def y_of(value: Any, features: Any) -> Labels:
 
 
 def a_of(value: Any) -> Array:
-    """Anchors (C, D) or (C, M, D) as float64."""
+    """Return anchors (C, D) or (C, M, D) as float64."""
     if isinstance(value, np.ndarray):
         return np.asarray(value, np.float64)
     return np.asarray(tensor(value, FLOATS).double().numpy())
 
 
 def distances_of(x: Array, a: Array) -> Array:
-    """Distances to the nearest of each class's anchors."""
+    """Return distances to the nearest of each class's anchors."""
     if a.ndim == 2:
         return oracles.anchor_distances(x, a)
     if a.shape[1] == 0:
@@ -415,7 +415,7 @@ def same(actual: Any, expected: Any) -> None:
 
 
 def as_map(values: Any, features: Tensor) -> Any:
-    """Values of rows in the shape (N, *) of a label map."""
+    """Return values of rows in the shape (N, *) of a label map."""
     return np.asarray(values).reshape(features.shape[0], *features.shape[2:])
 
 
@@ -478,7 +478,7 @@ def classes_and_dim(draw: Draw, least: int = 1) -> tuple[int, int]:
 
 
 def sums_arguments(d: Draw) -> Arguments:
-    """Features, labels, and the number of classes."""
+    """Return features, labels, and the number of classes."""
     (c, dim), shape = classes_and_dim(d), d.shape()
     return {
         "features": d.features(shape, dim),
@@ -788,7 +788,7 @@ def _(d: Draw) -> Steps:
 
 
 def weights_of(value: Any, features: Tensor) -> Array | None:
-    """Weights of the pixels in the order of the rows."""
+    """Return weights of the pixels in the order of the rows."""
     if value is None:
         return None
     weights = tensor(value, FLOATS)
@@ -798,7 +798,7 @@ def weights_of(value: Any, features: Tensor) -> Array | None:
 
 
 def loss_arguments(d: Draw) -> Arguments:
-    """Features, labels, anchors, and now and then weights."""
+    """Return features, labels, anchors, and now and then weights."""
     (c, dim), shape = classes_and_dim(d), d.shape()
     weights = d.one(None, None, torch.rand(shape), torch.rand(shape).double())
     return {
@@ -836,7 +836,7 @@ def _(d: Draw) -> Steps:
 def _per_row_loss(
     x: Array, y: Labels, a: Array, kind: str, average: str, weights: Array | None
 ) -> float:
-    """The distance loss to the nearest of several anchors, in the distance that it averages."""
+    """Return the distance loss to the nearest of several anchors by the averaged distance."""
     of_class: dict[int, list[float]] = {}
     for i, label in enumerate(y):
         if 0 <= label < len(a) and np.isfinite(a[label]).all(axis=1).any():
@@ -984,7 +984,7 @@ def _(d: Draw) -> Steps:
 
 
 def assignments(x: Array, a: Array, kind: str, temperature: float) -> Array:
-    """Softmax of similarities over seen classes, the largest of each class's anchors."""
+    """Return the softmax of similarities over seen classes, the largest of each class's anchors."""
     groups = a[:, None] if a.ndim == 2 else a
     values = np.full((len(x), len(groups)), -math.inf)
     for i, c in np.ndindex(values.shape):

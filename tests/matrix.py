@@ -24,7 +24,7 @@ LEFT_OUT = [
 
 
 class Versions(NamedTuple):
-    """What an environment is made of."""
+    """The versions of an environment."""
 
     python: str
     packages: list[str]
@@ -38,7 +38,7 @@ VERSIONS = {
 
 
 def interpreter(version: str) -> str | None:
-    """The path of a Python of that version, if there is one that runs; pyenv is asked too."""
+    """Return the path of a Python of that version, if one runs; pyenv is asked too."""
     found = shutil.which(f"python{version}")
     if found is None:
         return None

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 def draw(
     shape: Sequence[int], dim: int = 3, num_classes: int = 4, dtype: torch.dtype = torch.float32
 ) -> Problem:
-    """Features (N, D, *), labels (N, *) of which some are ignored, logits, and anchors."""
+    """Return features (N, D, *), labels (N, *) of which some are ignored, logits, and anchors."""
     n, *spatial = shape
     ignored = torch.tensor([-1, 250, 255, num_classes, -(2**40), 2**40])
     labels = torch.randint(num_classes, tuple(shape))
@@ -54,7 +54,7 @@ def draw(
 def pairwise(
     first: Iterable[Any], second: Iterable[Any], *others: Sequence[Any]
 ) -> list[tuple[Any, ...]]:
-    """Rows in which every two values of different axes meet, instead of the product of all.
+    """Return rows in which every two values of different axes meet, instead of the product of all.
 
     The first two axes are crossed and the others turned along them: each must be no longer than
     those, and no two of the others of one length.
@@ -64,7 +64,7 @@ def pairwise(
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout; "expanded" repeats the first image instead."""
+    """Return the same values in another layout; "expanded" repeats the first image."""
     if layout == "transposed":
         order = list(reversed(range(tensor.ndim)))
         return tensor.permute(order).contiguous().permute(order)
@@ -80,13 +80,13 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def rows(tensor: Tensor) -> Array:
-    """(N, K, *) as float64 rows (P, K), images first, then the pixels of each."""
+    """Return (N, K, *) as float64 rows (P, K): the pixels of one image after the other."""
     channels_last = tensor.detach().double().movedim(1, -1)
     return np.asarray(channels_last.reshape(-1, tensor.shape[1]).numpy())
 
 
 def flat(labels: Tensor) -> Labels:
-    """Labels (N, *) as int64 (P,), in the order of `rows`."""
+    """Return labels (N, *) as int64 (P,), in the order of `rows`."""
     return np.asarray(labels.long().reshape(-1).numpy())
 
 
@@ -110,7 +110,7 @@ def soft_class_sums(x: Array, p: Array) -> tuple[Array, Array]:
 
 
 def within_class_scatter(x: Array, y: Labels, num_classes: int) -> tuple[Array, Array, Labels]:
-    """Means (C, D), NaN where unseen, scatters (C, D, D) about them, and counts (C,)."""
+    """Return means (C, D), NaN where unseen, scatters (C, D, D) about them, and counts (C,)."""
     sums, counts = class_sums(x, y, num_classes)
     means = np.full(sums.shape, math.nan)
     scatters = np.zeros((*sums.shape, x.shape[1]))
@@ -126,7 +126,7 @@ def within_class_scatter(x: Array, y: Labels, num_classes: int) -> tuple[Array, 
 def image_centroids(
     x: Array, y: Labels, num_classes: int, min_pixels: int, ignore_index: int
 ) -> tuple[Array, Labels]:
-    """The means (C, D) and labels (C,) of one image."""
+    """Return the means (C, D) and labels (C,) of one image."""
     sums, counts = class_sums(x, y, num_classes)
     means, labels = np.full(sums.shape, math.nan), np.full(num_classes, ignore_index)
     for c in range(num_classes):
@@ -144,7 +144,7 @@ def stream_anchors(
     max_count: int | None = None,
     momentum: float | None = None,
 ) -> tuple[Array, Labels]:
-    """Anchors (C, D), NaN where unseen, and counts, batch after batch."""
+    """Return anchors (C, D), NaN where unseen, and counts, batch after batch."""
     anchors, seen = np.full((num_classes, dim), math.nan), np.zeros(num_classes, np.int64)
     for x, y in batches:
         sums, counts = class_sums(x, y, num_classes)
@@ -172,7 +172,7 @@ def distance(feature: Array, anchor: Array) -> float:
 
 
 def anchor_distances(x: Array, a: Array) -> Array:
-    """(P, C), infinite for unseen classes, else NaN for features that are not finite."""
+    """Return (P, C), infinite for unseen classes, else NaN for non-finite features."""
     distances = np.full((len(x), len(a)), math.inf)
     for i, feature in enumerate(x):
         for k, anchor in enumerate(a):
@@ -232,7 +232,7 @@ def keep_correct(y: Labels, z: Array, ignore_index: int) -> Labels:
 
 
 def resize_nearest(labels: Labels, size: Sequence[int]) -> Labels:
-    """One label map (*) to (*size)."""
+    """Resize one label map (*) to (*size)."""
     resized = np.empty(size, np.int64)
     for cell in itertools.product(*map(range, size)):
         pixel = [i * old // new for i, old, new in zip(cell, labels.shape, size, strict=True)]
@@ -243,7 +243,7 @@ def resize_nearest(labels: Labels, size: Sequence[int]) -> Labels:
 def resize_majority(
     labels: Labels, size: Sequence[int], min_ratio: float, ignore_index: int
 ) -> Labels:
-    """One label map (*) to (*size)."""
+    """Resize one label map (*) to (*size)."""
     resized = np.full(size, ignore_index, np.int64)
     for cell in itertools.product(*map(range, size)):
         ranges = [
@@ -292,7 +292,7 @@ def similarity_of(feature: Array, anchor: Array, kind: str) -> float:
 
 
 def anchor_probabilities(x: Array, a: Array, kind: str, temperature: float) -> Array:
-    """(P, C), 0 for unseen classes, else NaN for features that are not finite."""
+    """Return (P, C), 0 for unseen classes, else NaN for features that are not finite."""
     probabilities = np.zeros((len(x), len(a)))
     seen = [k for k in range(len(a)) if np.isfinite(a[k]).all()]
     for i, feature in enumerate(x):
@@ -331,7 +331,7 @@ def contrastive_loss(
 
 
 def sinkhorn(s: Array, shares: Sequence[float], epsilon: float, iterations: int) -> Array:
-    """As CPSL writes it."""
+    """Return the assignments as CPSL writes them."""
     q = np.exp(s / epsilon)
     q = q / q.sum()
     for _ in range(iterations):
@@ -345,7 +345,7 @@ def sinkhorn(s: Array, shares: Sequence[float], epsilon: float, iterations: int)
 
 
 def k_means_step(x: Array, y: Labels, a: Array) -> tuple[Array, float]:
-    """Anchors (C, M, D) after one step, and the largest move; an anchor without features stays."""
+    """Return anchors (C, M, D) after one step, and the largest move."""
     members: dict[tuple[int, int], list[Array]] = {}
     for feature, label in zip(x, y, strict=True):
         if 0 <= label < len(a) and np.isfinite(feature).all():
@@ -361,7 +361,7 @@ def k_means_step(x: Array, y: Labels, a: Array) -> tuple[Array, float]:
 
 
 def consistency_loss(x: Array, t: Array, a: Array, kind: str, temperature: float) -> float:
-    """Of teacher probabilities t (P, C); a pixel without any of a seen class is inactive."""
+    """Return the loss for a teacher's t (P, C); a pixel without any seen class is inactive."""
     losses = []
     seen = [k for k in range(len(a)) if np.isfinite(a[k]).all()]
     for feature, teacher in zip(x, t, strict=True):
@@ -373,7 +373,7 @@ def consistency_loss(x: Array, t: Array, a: Array, kind: str, temperature: float
 
 
 def distribution_loss(x: Array, y: Labels, m: Array, v: Array, temperature: float) -> float:
-    """As SePiCo writes it: cross-entropy of the biased scores, plus the bias of the own class."""
+    """Return SePiCo's form: cross-entropy of biased scores, plus the own class's bias."""
     losses = []
     seen = [k for k in range(len(m)) if np.isfinite(m[k]).all() and np.isfinite(v[k]).all()]
     for feature, label in zip(x, y, strict=True):
@@ -418,7 +418,7 @@ def feature_distance(x: Array, r: Array, y: Labels, classes: Sequence[int]) -> f
 def cross_entropy(
     z: Array, y: Labels, weight: Sequence[float], smoothing: float, weights: Array | None = None
 ) -> float:
-    """Weighted mean; smoothing moves that part of the target evenly to all classes.
+    """Return the weighted mean; smoothing moves that part of the target evenly to all classes.
 
     The weight of a class enters the divisor, that of a pixel does not.
     """
@@ -436,7 +436,7 @@ def cross_entropy(
 
 
 def confusion(predictions: Labels, truth: Labels, num_classes: int) -> Labels:
-    """(C, C + 1): truth by prediction, the last column for predictions outside [0, C)."""
+    """Return (C, C + 1): truth by prediction, the last column for those outside [0, C)."""
     counts = np.zeros((num_classes, num_classes + 1), np.int64)
     for predicted, true in zip(predictions, truth, strict=True):
         if 0 <= true < num_classes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def python_blocks(path: Path) -> list[str]:
-    """The Python blocks of a file, padded with lines so that a traceback points into the file."""
+    """Return the Python blocks of a file, padded so that tracebacks point into the file."""
     text = path.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return ["\n" * text[: match.start(1)].count("\n") + match.group(1) for match in found]

@@ -49,7 +49,7 @@ def test_all_contenders_are_accepted(name: str, capsys: pytest.CaptureFixture[st
 
 
 def spoiled(part: int, value: float) -> operators.Contender:
-    """The class sums with one value of one part of them changed."""
+    """Return the class sums with one value of one part of them changed."""
 
     def run(inputs: Inputs) -> Answer:
         answer = [tensor.clone() for tensor in operators.sums(inputs)]

@@ -35,7 +35,7 @@ class Stream(NamedTuple):
 
 
 def draw(shape: Sequence[int], num_classes: int = 3) -> Stream:
-    """Labels and truths of which some are ignored; scores of all magnitudes, and special ones."""
+    """Return labels and truths, some ignored, and scores of all magnitudes."""
     some = torch.tensor([*range(num_classes), *range(num_classes), -1, num_classes, 255])
     labels, truth = some[torch.randint(len(some), (2, *shape))]
     scores = torch.stack(
@@ -50,7 +50,7 @@ def draw(shape: Sequence[int], num_classes: int = 3) -> Stream:
 
 
 def rates(stream: Stream, c: int, minimum: float, num_classes: int = 3) -> tuple[float, float]:
-    """Coverage and precision of class c above a minimum: a loop over pixels."""
+    """Return the coverage and precision of class c above a minimum: a loop over pixels."""
     called = labeled = judged = right = 0
     for label, score, truth in zip(*(part.flatten().tolist() for part in stream), strict=True):
         if label != c or math.isnan(score):

@@ -31,7 +31,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def stream(batches: int = 6, dtype: torch.dtype = torch.float32) -> list[Batch]:
-    """Batches in which class 3 comes late and class 4 never."""
+    """Return batches in which class 3 comes late and class 4 never."""
     drawn = [draw((2, 4, 5), num_classes=5, dtype=dtype) for _ in range(batches)]
     return [
         (p.features, p.labels.masked_fill((p.labels == 4) | ((p.labels == 3) & (i < 3)), 255))

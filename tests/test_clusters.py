@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def stream(dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> list[Batch]:
-    """Batches without class 4; one feature of class 1 is not finite."""
+    """Return batches without class 4; one feature of class 1 is not finite."""
     batches = []
     for _ in range(4):
         drawn = draw((2, 4, 5), num_classes=5, dtype=dtype)

@@ -81,7 +81,7 @@ def _combine(features: Tensor, labels: Tensor, logits: Tensor, anchors: Tensor) 
 
 
 def several(anchors: Tensor) -> Tensor:
-    """Anchors (C, 2, D) from one of each class."""
+    """Return anchors (C, 2, D) from one of each class."""
     return torch.stack([anchors, anchors.flip(0)], dim=1)
 
 

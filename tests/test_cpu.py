@@ -25,7 +25,7 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(params=["whole", "few"])
 def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether pixels in doubt make all be computed once more, or they alone are."""
+    """Compute all pixels again in case of doubt, or those alone."""
     monkeypatch.setattr(cpu, "_FEW", 0.0 if request.param == "whole" else 1.0)
     param: str = request.param
     return param
@@ -33,7 +33,7 @@ def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @contextmanager
 def calls_of(name: str) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes of the features that an operator of the reference is given."""
+    """Yield the shapes of the features that an operator of the reference is given."""
     shapes: list[tuple[int, ...]] = []
     original: Callable[..., object] = getattr(reference, name)
     features_at = 2 if name.endswith("backward") else 0
@@ -48,7 +48,7 @@ def calls_of(name: str) -> Iterator[list[tuple[int, ...]]]:
 
 
 def easy(classes: int = 19, dim: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (2, D, 8, 16) at some distance from the anchor that is clearly the nearest."""
+    """Return features (2, D, 8, 16), each clearly nearest to one anchor."""
     anchors = 3 * normalize(torch.randn(classes, dim), dim=1)
     labels = torch.randint(classes, (2, 8, 16))
     offsets = 3 * normalize(torch.randn(2, 8, 16, dim), dim=-1)
@@ -56,7 +56,7 @@ def easy(classes: int = 19, dim: int = 64) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hard(anchors: Tensor) -> Tensor:
-    """Features (P, D) that float32 can neither measure nor tell apart."""
+    """Return features (P, D) that float32 can neither measure nor tell apart."""
     first, second = anchors[:-1], anchors[1:]
     middle = (first + second) / 2
     steps = torch.logspace(-9, -2, 15)[:, None, None]
@@ -228,7 +228,7 @@ def test_results_do_not_depend_on_the_default_dtype() -> None:
 
 
 def chosen(name: str, features: Tensor) -> str:
-    """The module that computes an operator, by its name."""
+    """Return the module that computes an operator, by its name."""
     return choice.module_for(name, features).__name__.rpartition(".")[2]
 
 

@@ -33,12 +33,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(params=FUNCTIONS)
 def function(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
-    """One of the functions."""
+    """Return one of the functions."""
     return FUNCTIONS[request.param]
 
 
 def jacobian(function: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """By `backward`, one result after the other."""
+    """Return the Jacobian by `backward`, one result after the other."""
     leaf = features.clone().requires_grad_()
     values = function(leaf)
     grads = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in values.reshape(-1)]

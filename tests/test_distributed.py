@@ -81,7 +81,7 @@ def stream_of(rank: int, world: int, share: str) -> list[Batch]:
 
 
 def step_of(rank: int, world: int, number: int) -> Batch:
-    """One rank's part of a global batch; rank 1 has no image in the second."""
+    """Return one rank's part of a global batch; rank 1 has no image in the second."""
     return batch_of(rank, world, 10 + number, images=0 if (rank, number) == (1, 1) else rank + 1)
 
 
@@ -103,7 +103,7 @@ def counted(kind: type[Counting], batches: list[Batch]) -> Counting:
 
 
 def scored(kind: type[OfLogits], batches: list[Batch]) -> OfLogits:
-    """A score of the features, taken for logits; its shapes come with the first batch."""
+    """Return a score of the features, taken for logits; its shapes come with the first batch."""
     state = kind()
     for features, _ in batches:
         state.update(features)
@@ -129,7 +129,7 @@ def soft_sums_of(batches: list[Batch]) -> ClassSums:
 
 
 def staged(batches: list[Batch]) -> StageLabeler:
-    """A stage whose network passes the images on as features."""
+    """Return a stage whose network passes the images on as features."""
     torch.manual_seed(0)
     classifier = nn.Conv2d(3, 5, 1)
 
@@ -149,7 +149,7 @@ def sums_of(batches: list[Batch]) -> ClassSums:
 
 
 def disagreeing(odd: bool) -> dict[str, Callable[[], None]]:
-    """Calls in which one rank differs from the others."""
+    """Return calls in which one rank differs from the others."""
     states: dict[str, Any] = {
         "classes": CategoryAnchors(4 if odd else 5, 3),
         "dim": CategoryAnchors(5, 2 if odd else 3),
@@ -182,7 +182,7 @@ def message_of(call: Callable[[], None]) -> str:
 
 
 def passed_states() -> dict[str, list[CategoryAnchors | Counting]]:
-    """One of each kind, empty and filled, for a process to be started with."""
+    """Return one state of each kind, empty and filled, as arguments of a process."""
     batches = [batch_of(0, 2, 90)]
     return {
         "empty": [CategoryAnchors(5, 3), *(kind(5) for kind in COUNTING)],
@@ -327,7 +327,7 @@ class Network(nn.Module):
         self.anchors = CategoryAnchors(2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features, without an update."""
+        """Return features, without an update."""
         features: Tensor = self.layer(x)
         return features
 
@@ -358,7 +358,7 @@ def _report_parallel(report: Report, rank: int) -> None:
 def reports(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Report]:
-    """What each rank has reported."""
+    """Return the report of each rank."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
     context = spawn(rank_main, (world, folder, passed_states()), world, join=False)
     deadline = time.monotonic() + SECONDS

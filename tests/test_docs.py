@@ -24,7 +24,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks_of(page: Path) -> list[tuple[str, str]]:
-    """Kind and text of the blocks to run, padded so that a traceback points into the page."""
+    """Return kind and text of the blocks to run, padded so that tracebacks point into the page."""
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```(python|pycon)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(m.group(1), "\n" * text[: m.start(2)].count("\n") + m.group(2)) for m in found]
@@ -49,7 +49,7 @@ def test_blocks_run_and_show_what_they_print(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in WITHOUT_BLOCKS], ids=name_of)
 def test_a_page_begins_with_what_it_imports(page: Path) -> None:
-    """Whoever copies the blocks of one page, from its first, has all that they need."""
+    """A reader who copies the blocks of one page, from its first, has all that they need."""
     text = page.read_text(encoding="utf-8")
     first = re.search(r"^```(?:python|pycon)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert first is not None
@@ -58,14 +58,14 @@ def test_a_page_begins_with_what_it_imports(page: Path) -> None:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The headings of a page as links name them."""
+    """Return the headings of a page as links name them."""
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def links_of(page: Path) -> list[tuple[str, str]]:
-    """File and heading of every link and picture that stays in the repository."""
+    """Return file and heading of every link and picture within the repository."""
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     found = re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", text)
     return [(str(file), str(heading)) for file, heading in found]

@@ -20,7 +20,7 @@ anchorda.CategoryAnchors(19, 256).compute().missing
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What mypy says of right and wrong use, run where no configuration and no source of ours is.
+    """Return mypy's errors for right and wrong use, without our configuration and source.
 
     Both at once, as it reads all of torch each time.
     """

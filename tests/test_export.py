@@ -13,7 +13,7 @@ from tests.oracles import draw
 
 
 class Labeling(nn.Module):
-    """What would be shipped: anchors in a buffer, and what labels with them."""
+    """A module to export: anchors in a buffer, and a labeler."""
 
     centroids: Tensor
 
@@ -23,7 +23,7 @@ class Labeling(nn.Module):
         self.labeler = labeler
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels and scores of features (N, D, H, W)."""
+        """Return labels and scores of features (N, D, H, W)."""
         labels, scores = self.labeler(features, self.centroids)
         return labels, scores
 

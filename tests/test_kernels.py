@@ -42,7 +42,7 @@ VIEWABLE = ["contiguous", "channels_last"]
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device whose operators are the kernels."""
+    """Return a device whose operators are the kernels."""
     if not IS_INTERPRETED:
         return "cuda"
     monkeypatch.setattr(choice, "_kernels", lambda device: kernels)
@@ -53,7 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(autouse=True)
 def _reference_is_not_called(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that asks for `device` fails if what it tests fell back to the reference."""
+    """Let a test that asks for `device` fail if the reference is called."""
     if "device" not in request.fixturenames or "fall" in request.node.name:
         yield
         return
@@ -67,7 +67,7 @@ def _reference_is_not_called(request: pytest.FixtureRequest) -> Iterator[None]:
 def draw(
     shape: tuple[int, ...], dim: int, classes: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, labels and anchors; of many classes one is unseen, and two have one anchor."""
+    """Return features, labels and anchors; of many classes one is unseen."""
     features, labels, _, anchors = oracles.draw(shape, dim, classes, dtype)
     if classes > 3:
         anchors[1] = NAN
@@ -76,7 +76,7 @@ def draw(
 
 
 def plain_margins(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest distances and margins as one would write them, in the precision of the features."""
+    """Return nearest distances and margins in plain torch, in the features' precision."""
     x = features.movedim(1, -1).reshape(-1, features.shape[1])
     a = anchors.to(x.dtype)
     squares = x.square().sum(1, keepdim=True) - 2 * x @ a.T + a.square().sum(1)
@@ -253,7 +253,7 @@ def test_several_anchors_of_each_class(
 
 
 def plain_distance_loss(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
-    """The mean over the pixels with the label of a seen class, one after the other."""
+    """Return the mean over the pixels with the label of a seen class, one after the other."""
     total, count = features.sum() * 0, 0
     x = features.movedim(1, -1).reshape(-1, features.shape[1])
     for feature, label in zip(x, labels.flatten().tolist(), strict=True):
@@ -380,7 +380,7 @@ def test_images_that_lie_apart_in_memory(count: int, device: str) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU as the dispatch sees it; what it says can be changed."""
+    """Return a GPU as the dispatch sees it; what it says can be changed."""
     seen = SimpleNamespace(capability=(9, 0), driver=SimpleNamespace(get_current_device=int))
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=seen.driver))
     monkeypatch.setattr(torch.version, "cuda", "13.0")

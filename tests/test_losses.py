@@ -41,7 +41,7 @@ SIMILARITIES: list[Similarity] = ["squared", "cosine", "dot"]  # besides the fus
 def consistency_loss(
     x: Tensor, y: Tensor, a: Tensor, pixel_weights: Tensor | None = None
 ) -> Tensor:
-    """The consistency with a teacher that is as sure as labels are."""
+    """Return the consistency with a teacher that is as sure as labels are."""
     classes = torch.arange(len(a)).view(-1, *[1] * (y.ndim - 1))
     seen = a.detach().isfinite().all(dim=1).view(classes.shape)
     teacher = ((y.long().unsqueeze(1) == classes) & seen).to(x.dtype)
@@ -57,7 +57,7 @@ def distribution_loss(
 
 
 def reference_loss(x: Tensor, y: Tensor, a: Tensor, pixel_weights: Tensor | None = None) -> Tensor:
-    """The distance to a constant map, for the classes that have an anchor."""
+    """Return the distance to a constant map, for the classes that have an anchor."""
     classes = [c for c in range(len(a)) if a[c].isfinite().all()]
     loss: Loss = anchorda.FeatureDistanceLoss(classes=classes)
     return loss(x, torch.ones_like(x).requires_grad_(), y, pixel_weights=pixel_weights)
@@ -81,7 +81,7 @@ FEATURE_LOSSES: list[Loss] = [
 def logit_loss(
     logits: Tensor, labels: Tensor, anchors: Tensor, pixel_weights: Tensor | None = None
 ) -> Tensor:
-    """The discriminative loss in the signature of the others: their features are its logits."""
+    """Return the discriminative loss, with the features of the others as its logits."""
     weight = torch.arange(1, logits.shape[1] + 1, device=logits.device)
     return anchorda.discriminative_loss(
         logits, labels, weight=weight, label_smoothing=0.1, pixel_weights=pixel_weights

@@ -30,7 +30,7 @@ FLOORS = [
     {"evaluation", "calibration", "selection", "plots", "distributed", "stages", "released"},
     {""},
 ]
-# Rooms of the top floor may build on each other in this order.
+# Modules of the top floor may build on each other in this order.
 ORDER = ["evaluation", "calibration", "selection", "plots", "distributed", "stages", "released"]
 PUBLIC = [
     *sorted(anchorda.__all__),
@@ -63,7 +63,7 @@ def floor_of(module: str) -> tuple[int, int]:
 
 
 def imports_within(source: Path) -> Iterator[str]:
-    """The modules of the package that a source imports, by any kind of import."""
+    """Yield the modules of the package that a source imports, by any kind of import."""
     package = list(source.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -89,7 +89,7 @@ def test_evaluation_needs_neither_anchors_nor_losses() -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules outside the standard library that a fresh interpreter has then loaded."""
+    """Return the top-level modules that a fresh interpreter has loaded after a statement."""
     program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
     command = [sys.executable, "-W", "error", "-c", program]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def numbers_of(folder: Path, name: str) -> Numbers:
-    """Arrays as tensors, and scalars as floats, of one file."""
+    """Return arrays as tensors, and scalars as floats, of one file."""
     with np.load(folder / "peers" / f"{name}.npz") as file:
         arrays = dict(file)
     scalars = dict(zip(arrays.pop("scalar_names").tolist(), arrays.pop("scalars"), strict=True))
@@ -81,7 +81,7 @@ def close_with_gradient(loss: Tensor, leaf: Tensor, expected: float, gradient: T
 
 
 def seen_rows(prototypes: Tensor, seen: Tensor) -> Tensor:
-    """As this library has it: a class that was never seen has a row of NaN, not of 0."""
+    """Return rows with NaN instead of 0 for a class that was never seen."""
     return torch.where(seen[:, None], prototypes, math.nan)
 
 
@@ -217,7 +217,7 @@ def test_cpsl_contrast_to_a_bank(read: Any) -> None:  # noqa: ANN401
 
 
 def moments_after(n: Reader, prefix: str, steps: int) -> list[anchorda.ClassVariances]:
-    """The estimator after each of its updates."""
+    """Return the estimator after each of its updates."""
     states, state = [], anchorda.ClassVariances(5, 7)
     for t in range(steps):
         state.update(n(f"{prefix}features_{t}"), n(f"{prefix}labels_{t}"))
@@ -326,7 +326,7 @@ def test_sepico_contrast_preparations(read: Any) -> None:  # noqa: ANN401
 
 
 def regularizer(features: Tensor, labels: Tensor, means: Tensor, temperature: float) -> Tensor:
-    """SePiCo's: Σ log softmax of the mean feature's scores over (C log C)."""
+    """Return SePiCo's regularizer: Σ log softmax of the mean feature's scores / (C log C)."""
     pixels = features.movedim(1, 0).flatten(1)[None]
     together = torch.where(labels == 255, 255, 0).flatten()[None]
     center, _ = anchorda.image_centroids(pixels, together, 1)
@@ -335,7 +335,7 @@ def regularizer(features: Tensor, labels: Tensor, means: Tensor, temperature: fl
 
 
 def bank_loss(features: Tensor, labels: Tensor, bank: list[Tensor], temperature: float) -> Tensor:
-    """Plain torch: SePiCo's contrast to a bank, which is one method's."""
+    """Return SePiCo's contrast to a bank, which one method alone needs, in plain torch."""
     kept = labels != 255
     x, y = features.movedim(1, -1)[kept], labels[kept]
     means = torch.stack([vectors.mean(dim=0) for vectors in bank])
@@ -574,7 +574,7 @@ def test_daformer_feature_distance(read: Any) -> None:  # noqa: ANN401
 
 
 def rare_class_probabilities(counts: Tensor, temperature: float) -> Tensor:
-    """Plain torch: one method's sampling."""
+    """Return the sampling probabilities of one method, in plain torch."""
     frequency = counts.double() / counts.sum()
     return ((1 - frequency) / temperature).softmax(dim=0)
 
@@ -603,7 +603,7 @@ def test_daformer_rare_class_sampling(read: Any) -> None:  # noqa: ANN401
 
 
 def daformer_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Labels everywhere, and the share of sure ones as the weight of every pixel of the batch."""
+    """Return labels everywhere, and the share of sure ones as the weight of all pixels."""
     labels, scores = anchorda.ProbabilityPseudoLabeler(0.0)(logits)
     share = (scores >= threshold).sum() / scores.numel()
     return labels, torch.ones_like(scores) * share
@@ -675,7 +675,7 @@ def test_daformer_moving_average(read: Any) -> None:  # noqa: ANN401
 
 
 def shot_labels(features: Tensor, logits: Tensor, threshold: float) -> Tensor:
-    """SHOT's labels: soft centroids, then twice the nearest by cosine among the present classes."""
+    """Return SHOT's labels: soft centroids, then twice the nearest by cosine."""
     ones = torch.ones_like(features[:, :1])
     x = normalize(torch.cat([features, ones], dim=1), dim=1)
     memberships, labels = logits.softmax(dim=1), logits.argmax(dim=1)

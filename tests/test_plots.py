@@ -27,7 +27,7 @@ def texts(axes: Axes) -> list[str]:
 
 
 def offsets(axes: Axes) -> list[NDArray[np.float64]]:
-    """Positions (n, 2) of each group of markers."""
+    """Return positions (n, 2) of each group of markers."""
     groups = [part for part in axes.collections if isinstance(part, PathCollection)]
     return [np.asarray(group.get_offsets()) for group in groups]
 

@@ -20,7 +20,7 @@ NEARNESS = [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0]
 
 
 def released_scale_anchors() -> Tensor:
-    """Non-negative anchors around a common direction, as those after a ReLU are."""
+    """Return non-negative anchors around a common direction, as those after a ReLU are."""
     common = torch.randn(256, dtype=torch.float64).abs()
     own = torch.randn(19, 256, dtype=torch.float64).abs()
     anchors = normalize(0.2 * common + 0.8 * own, dim=1)
@@ -28,7 +28,7 @@ def released_scale_anchors() -> Tensor:
 
 
 def near(anchors: Tensor, nearness: float) -> Tensor:
-    """Five float32 features at that distance from each anchor, in random directions."""
+    """Return five float32 features at that distance from each anchor, in random directions."""
     directions = normalize(torch.randn(5, *anchors.shape), dim=-1)
     return (anchors + nearness * directions).reshape(-1, anchors.shape[1])
 

@@ -23,7 +23,7 @@ small_labels = st.integers(-1, 3)
 
 @st.composite
 def problems(draw_: st.DrawFn, dtype: torch.dtype = torch.float32) -> Problem:
-    """A problem of random rank, size and classes, sometimes with an unseen class."""
+    """Return a problem of random rank, size and classes, sometimes with an unseen class."""
     shape = [draw_(st.integers(1, 3)), *draw_(st.lists(st.integers(1, 5), max_size=3))]
     torch.manual_seed(draw_(st.integers(0, 2**31)))
     problem = draw(shape, draw_(st.integers(1, 6)), draw_(st.integers(2, 6)), dtype)
@@ -33,7 +33,7 @@ def problems(draw_: st.DrawFn, dtype: torch.dtype = torch.float32) -> Problem:
 
 
 def losses(p: Problem) -> Tensor:
-    """All losses of the features, in one vector."""
+    """Return all losses of the features, in one vector."""
     values = [
         anchorda.anchor_distance_loss(p.features, p.labels, p.anchors, distance=kind, average=mean)
         for kind in ("euclidean", "squared", "smooth_l1")

@@ -23,7 +23,7 @@ SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
 
 def public_names() -> dict[str, object]:
-    """What users may import, and by which name."""
+    """Return the names that users may import."""
     own = {
         f"{module.__name__.partition('.')[2]}.{name}": value
         for module in (plots, anchorda.released)
@@ -45,12 +45,12 @@ class Spelled(ast.NodeTransformer):
                         self.types[name] = value
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        """The name of a type, or any other."""
+        """Return the name of a type, or any other."""
         return self.types.get(node.id, node)
 
 
 def described(name: str, value: object) -> Iterator[str]:
-    """A name with its signature, and the members of a class, as the source has them."""
+    """Yield a name with its signature, and the members of a class, as the source has them."""
     assert inspect.isclass(value) or inspect.isfunction(value), f"{name} is neither"
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(value))).body
     node = Spelled(sys.modules[value.__module__]).visit(node)
@@ -72,13 +72,13 @@ def described(name: str, value: object) -> Iterator[str]:
 
 
 def signature(node: ast.FunctionDef) -> str:
-    """The arguments, their types and defaults, and the type of the result."""
+    """Return the arguments, their types and defaults, and the type of the result."""
     result = "" if node.returns is None else f" -> {ast.unparse(node.returns)}"
     return f"({ast.unparse(node.args)}){result}"
 
 
 def snapshot() -> list[str]:
-    """All public names, line by line."""
+    """Return all public names, line by line."""
     return [line for name, value in public_names().items() for line in described(name, value)]
 
 

@@ -1,4 +1,4 @@
-"""What the operators promise beyond their results: bounded blocks, and no look at the values."""
+"""Promises of the operators beyond their results: bounded blocks, and no value is read."""
 
 import math
 

@@ -40,11 +40,11 @@ class Step(NamedTuple):
     anchors: Tensor
 
     def to(self, dtype: torch.dtype) -> "Step":
-        """In another floating-point dtype, the labels as they are."""
+        """Return the step in another floating-point dtype; labels keep theirs."""
         return Step(*(t.to(dtype) if t.is_floating_point() else t for t in self))
 
     def leaves(self) -> list[Tensor]:
-        """The four tensors that receive a gradient, once they are asked to."""
+        """Return the four tensors that receive a gradient, and require it."""
         inputs = [self.source_features, self.target_features]
         inputs += [self.source_logits, self.target_logits]
         return [t.requires_grad_() for t in inputs]
@@ -59,7 +59,7 @@ def draw_step(
     factor: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Step:
-    """Label maps with a tenth ignored and logits that mostly agree with them."""
+    """Return label maps with a tenth ignored, and logits that mostly agree with them."""
 
     def label_map(shape: Sequence[int]) -> Tensor:
         ignored = torch.tensor(IGNORED)[torch.randint(3, tuple(shape))]
@@ -99,7 +99,7 @@ def divided(term: float) -> float:
 
 
 def distance_oracle(features: Tensor, logits: Tensor, labels: Tensor, anchors: Tensor) -> Any:  # noqa: ANN401
-    """The distance loss of one domain, its gradient (N, P, D), and how many terms it has."""
+    """Return the distance loss of one domain, its gradient (N, P, D), and how many terms it has."""
     a = anchors.double().numpy()
     terms, parts = [], []
     n, d, h, w = features.shape
@@ -126,7 +126,7 @@ def distance_oracle(features: Tensor, logits: Tensor, labels: Tensor, anchors: T
 
 
 def bilinear(maps: Array, size: Sequence[int]) -> Array:
-    """(C, h, w) to (C, H, W), the corners of both on each other."""
+    """Resize (C, h, w) to (C, H, W) with aligned corners."""
     result = np.zeros((len(maps), *size))
     for row in range(size[0]):
         for column in range(size[1]):
@@ -147,7 +147,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
 
 
 def oracle(step: Step, weight: float = 0.7) -> Any:  # noqa: ANN401
-    """(total, source, pseudo, distance) and the gradients (N, D, h, w) of the two features."""
+    """Return (total, source, pseudo, distance) and the gradients (N, D, h, w) of both features."""
     size = step.source_labels.shape[1:]
     upsampled = np.stack([bilinear(z, size) for z in step.source_logits.detach().double().numpy()])
     source = cross_entropy(torch.from_numpy(upsampled), step.source_labels)
@@ -298,7 +298,7 @@ def test_distance_weight(weight: float) -> None:
 
 
 def constant_step(pixels: int, value: float) -> Step:
-    """That many pixels of class 0 in a 4×5 source image, all of the same value; D = 1."""
+    """Return a step with that many pixels of class 0 in a 4×5 source image, all of one value."""
     labels = torch.full((1, 20), 255)
     labels[0, :pixels] = 0
     labels = labels.reshape(1, 4, 5)
@@ -720,12 +720,12 @@ class Payload:
         self.call = function, arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a pickle shall call."""
+        """Return the call that a pickle makes."""
         return self.call
 
 
 def payloads(marker: str) -> dict[str, tuple[object, str]]:
-    """Objects that make the file when they are unpickled, and the global that is to be named."""
+    """Return objects that write the file when unpickled, and the global to be named."""
     system = Payload(os.system, f"touch {marker}"), f"{os.system.__module__}.system"
     return {
         "os.system": system,
@@ -776,7 +776,7 @@ def test_runs_nothing_beside_a_tensor(path: Path) -> None:
 
 
 def by_hand(command: bytes) -> dict[str, bytes]:
-    """Pickles that no pickler writes, of os.system(command)."""
+    """Return pickles that no pickler writes, of os.system(command)."""
     module = os.system.__module__.encode()
     text = b"X" + len(command).to_bytes(4, "little") + command
     name = b"\x8c" + bytes([len(module)]) + module + b"\x8c\x06system\x93"

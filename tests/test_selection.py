@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 def softmax(logits: Tensor) -> Array:
-    """Probabilities (P, C) of the pixels whose logits are finite."""
+    """Return probabilities (P, C) of the pixels whose logits are finite."""
     z = logits.double().movedim(1, -1).flatten(0, -2).numpy()
     z = z[np.isfinite(z).all(axis=1)]
     e = np.exp(z - z.max(axis=1, keepdims=True, initial=-np.inf))
@@ -27,7 +27,7 @@ def softmax(logits: Tensor) -> Array:
 
 
 def density(p: Array, temperature: float, copies: Sequence[int] | None = None) -> float:
-    """Entropy of each pixel's neighborhood, over pixels that occur some times each."""
+    """Return the entropy of each pixel's neighborhood, over pixels that occur some times each."""
     times = [1] * len(p) if copies is None else copies
     x = [row / math.sqrt(sum(v * v for v in row)) for row in p]
     total = 0.0
@@ -96,7 +96,7 @@ def test_equals_the_oracle_in_any_division_and_layout(
 
 
 def scalar(numbers: Mapping[str, Any], name: str) -> float:
-    """One of the numbers that the file stores together."""
+    """Return one of the numbers that the file stores together."""
     return float(dict(zip(numbers["scalar_names"], numbers["scalars"], strict=True))[name])
 
 
@@ -161,7 +161,7 @@ def test_merge_reset_and_state(kind: type[Any]) -> None:
 
 
 def crowded(pixels: int) -> Tensor:
-    """Logits (P, 5) of classes from frequent to rare, some pixels certain, some not."""
+    """Return logits (P, 5) of classes from frequent to rare, some pixels certain, some not."""
     classes = torch.multinomial(torch.tensor([0.6, 0.25, 0.1, 0.04, 0.01]), pixels, True)
     certain = 8 * torch.rand(pixels, 1)
     return torch.randn(pixels, 5) + certain * torch.nn.functional.one_hot(classes, 5)

@@ -23,7 +23,7 @@ CLASSES, PER_CLASS, DIM = 4, 3, 5
 
 
 def draw_several(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Features, labels and anchors: of class 0 one is absent, of 1 two, of 3 all."""
+    """Return features, labels and anchors: of class 0 one is absent, of 1 two, of 3 all."""
     features, labels, _, _ = draw(shape, DIM, CLASSES, dtype)
     anchors = 2 * torch.randn(CLASSES, PER_CLASS, DIM)
     anchors[0, 1, 2] = anchors[1, :2] = NAN
@@ -32,7 +32,7 @@ def draw_several(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tu
 
 
 def nearest_of_class(x: Array, anchors: Tensor) -> Array:
-    """(P, C): the least of M separate calls, infinite where all are."""
+    """Return (P, C): the smallest of M separate calls, infinite where all are."""
     calls = [oracles.anchor_distances(x, anchors[:, m].double().numpy()) for m in range(PER_CLASS)]
     absent = ~anchors.isfinite().all(dim=2).numpy()
     least = np.full(calls[0].shape, INF)

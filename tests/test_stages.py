@@ -1,4 +1,4 @@
-"""What a stage holds fixed stays fixed, and labels as its parts would by hand."""
+"""A stage stays fixed, and labels as its parts do by hand."""
 
 import copy
 import math
@@ -65,7 +65,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 def by_hand(network: Network, source: Batches) -> Tensor:
-    """The centroids of a network in evaluation mode."""
+    """Return the centroids of a network in evaluation mode."""
     evaluated = copy.deepcopy(network).eval()
     anchors = CategoryAnchors(NUM_CLASSES, DIM)
     with torch.no_grad():

@@ -23,7 +23,7 @@ NAN = math.nan
 
 
 def stream(dtype: torch.dtype = torch.float32, offset: float = 0.0) -> list[Batch]:
-    """Batches in which class 3 comes late and class 4 never; one feature is not finite."""
+    """Return batches in which class 3 comes late and class 4 never; one feature is not finite."""
     batches = []
     for i in range(5):
         drawn = draw((2, 4, 3), num_classes=5, dtype=dtype)
@@ -148,7 +148,7 @@ def test_soft_class_sums_need_the_same_pixels() -> None:
 
 
 def moments(num_classes: int = 4, dim: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features that are far from round, labels, class means and their shared covariance."""
+    """Return features that are far from round, labels, class means and their shared covariance."""
     mixing = torch.randn(dim, dim, dtype=torch.float64)
     labels = torch.randint(num_classes, (400,))
     centers = torch.randn(num_classes, dim, dtype=torch.float64)

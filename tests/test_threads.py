@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(threads._runtime() is None, reason="torch has no
 
 @pytest.fixture
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Three threads, and operators that share small features among them."""
+    """Use three threads, which share small features too."""
     monkeypatch.setattr(blocks, "_FEW_ELEMENTS", 0)
     monkeypatch.setattr(blocks, "_BLOCK_PIXELS_CPU", 16)
     torch.set_num_threads(3)
@@ -27,7 +27,7 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def settings() -> list[int]:
-    """The number of torch's threads here, in a new thread, and in one that computes backward."""
+    """Return the number of torch's threads here, in a new thread, and in backward."""
     seen = [torch.get_num_threads()]
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
@@ -43,7 +43,7 @@ def settings() -> list[int]:
 
 
 def results(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """What every operator that is shared returns."""
+    """Return the results of every operator that threads share."""
     torch.manual_seed(0)
     features, labels, _, anchors = draw((3, 11, 13), 7, 4, dtype)
     features.requires_grad_()

@@ -85,7 +85,7 @@ class DataSettings:
         self.class_list()
 
     def class_list(self) -> Classes:
-        """The classes to tell apart."""
+        """Return the classes to tell apart."""
         return STREET if self.classes is None else read_classes(self.classes)
 
 
@@ -115,7 +115,7 @@ class Data:
     classes: Classes = STREET
 
     def augment(self, images: Tensor) -> Tensor:
-        """The images as the trained network sees them; the frozen one sees them unchanged."""
+        """Augment images for the trained network; the frozen one sees them unchanged."""
         return photometric(images) if self.photometric else images
 
 
@@ -176,7 +176,7 @@ def _source_pairs(folder: Path, settings: DataSettings, classes: Classes) -> lis
 def _target_parts(
     folder: Path, settings: DataSettings, classes: Classes
 ) -> tuple[list[Path], list[Pair], list[Pair]]:
-    """The images to train on; those to evaluate on; and the first with their labels, if any."""
+    """Return images to train on, images to evaluate on, and the first with their labels, if any."""
     skip = settings.skip_bad
     if settings.target_format == "folder":
         return *folder_target(folder, classes, skip_bad=skip), []
@@ -193,7 +193,7 @@ def _say(text: str) -> None:
 
 
 def class_weights(counts: LabelCounts) -> Tensor:
-    """One over the root of each class's frequency in the source, scaled to mean 1 over its pixels.
+    """Return 1/√frequency of each class in the source, scaled to mean 1 over its pixels.
 
     Without these weights, small and rare classes are not learned in as few iterations as the
     defaults are.
@@ -224,7 +224,7 @@ def check_content(data: Data, settings: DataSettings, saved: Path, resume: bool)
 
 
 def _content(data: Data, settings: DataSettings) -> dict[str, str]:
-    """A checksum of each file by its path in its data set, and the classes."""
+    """Return a checksum of each file by its path in its data set, and the classes."""
     assert settings.source is not None
     assert settings.target is not None
     source = [*data.source.pairs, *data.held_out.pairs]

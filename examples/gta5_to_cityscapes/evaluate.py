@@ -90,7 +90,7 @@ class Settings:
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line, or an exit with a message that says what is wrong."""
+    """Return settings from the command line; exit with a message where they are wrong."""
     settings = tyro.cli(Settings, prog="evaluate.py", args=arguments)
     try:
         settings.check()
@@ -115,7 +115,7 @@ class Trained(NamedTuple):
 
 
 def load_trained(path: Path, device: str, precision: Precision = "float32") -> Trained:
-    """The network of a checkpoint.
+    """Return the network of a checkpoint.
 
     Raises:
         ValueError: if the file is none of `train.py`'s, or its weights do not fit its network.
@@ -162,7 +162,7 @@ class Views(Dataset[tuple[list[Tensor], tuple[int, int]]]):
 def predict(
     network: Segmenter, views: Sequence[Tensor], size: tuple[int, int], *, flip: bool
 ) -> Tensor:
-    r"""Class scores (C, H, W) of an image from several views of it.
+    r"""Return the class scores (C, H, W) of an image from several views of it.
 
     .. math:: \frac{1}{|V|} \sum_{v \in V} \mathrm{softmax}(\mathrm{up}(z(v)))
 
@@ -182,7 +182,7 @@ def predict(
 
 
 def predictions(trained: Trained, paths: Sequence[Path], settings: Settings) -> Iterator[Tensor]:
-    """Predicted train ids (H, W) of images, at their own size and in their order."""
+    """Yield predicted train ids (H, W) of images, at their own size and in their order."""
     views = Views(paths, trained.resize, settings.scales)
     loader = DataLoader(views, batch_size=None, num_workers=settings.workers)
     for images, size in tqdm(loader, desc="predicting"):
@@ -196,7 +196,7 @@ def predictions(trained: Trained, paths: Sequence[Path], settings: Settings) -> 
 def scores_of(
     confusion: anchorda.ConfusionMatrix, settings: Settings, trained: Trained
 ) -> dict[str, Any]:
-    """The scores as plain values, None where a class does not occur, and the settings."""
+    """Return the scores as plain values, None where a class does not occur, and the settings."""
     iou = confusion.iou()
     named = {
         name: None if math.isnan(value) else value
@@ -225,7 +225,7 @@ def save_label_ids(folder: Path, image: Path, prediction: Tensor, classes: Class
 
 
 def files_of(settings: Settings, classes: Classes) -> tuple[list[Path], list[Path]]:
-    """The images of the split, and their labels, if it has labels."""
+    """Return the images of the split, and their labels, if it has labels."""
     target, own = settings.target, settings.target_format == "folder"
     if settings.split == "test":
         return (folder_images(target) if own else cityscapes_images(target, "test")), []

@@ -11,7 +11,7 @@ class Range(NamedTuple):
     high: float = math.inf
 
     def __str__(self) -> str:
-        """The words of an error message."""
+        """Return the words of an error message."""
         return f"in [0, {self.high}]" if self.high < math.inf else f"of at least {self.low}"
 
 

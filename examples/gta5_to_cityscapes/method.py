@@ -70,12 +70,12 @@ class Stage:
     """(C,): number of source pixels that each anchor averages."""
 
     def plain(self) -> dict[str, object]:
-        """The stage as a checkpoint holds it."""
+        """Return the stage as a checkpoint holds it."""
         return {"labeler": self.labeler.state_dict(), "counts": self.counts}
 
 
 def restore_stage(network: Segmenter, parts: Mapping[str, Any]) -> Stage:
-    """The stage of a checkpoint; `network` has its architecture, with any weights."""
+    """Return the stage of a checkpoint; `network` has its architecture, with any weights."""
     device = next(network.parameters()).device
     anchors = torch.zeros(len(parts["counts"]), network.feature_dim, device=device)
     labeler = anchorda.StageLabeler(network, anchors, extract=segment)
@@ -106,7 +106,7 @@ def begin_stage(network: Segmenter, data: Data, settings: StageSettings) -> Stag
 
 
 def min_margins(labeler: anchorda.StageLabeler, data: Data, rules: str) -> Tensor:
-    """The minimum margin of each class, (C,): the highest that a rule of `--margin` asks for."""
+    """Return the minimum margin (C,) of each class: the highest of the rules of `--margin`."""
     minimum = torch.full((len(data.classes),), -math.inf, device=data.loading.device)
     for rule, number in margin_rules(rules):
         minimum = torch.maximum(minimum, min_margin(rule, number, labeler, data))
@@ -118,7 +118,7 @@ def min_margins(labeler: anchorda.StageLabeler, data: Data, rules: str) -> Tenso
 
 
 def min_margin(rule: str, number: float, labeler: anchorda.StageLabeler, data: Data) -> Tensor:
-    """The minimum margins by one rule, () or (C,)."""
+    """Return the minimum margins by one rule, () or (C,)."""
     if rule == "precision":
         labeled = each_once(data.held_out, "margins", data.loading)
         return count_margins(labeler, labeled).min_score_for_precision(number)
@@ -132,7 +132,7 @@ def min_margin(rule: str, number: float, labeler: anchorda.StageLabeler, data: D
 def count_margins(
     labeler: anchorda.StageLabeler, samples: Iterable[tuple[Tensor, Tensor | None]]
 ) -> anchorda.ScoreCalibrator:
-    """The margins of all pixels, and where the truth is known, if their nearest anchor is right."""
+    """Count the margins of all pixels, with the truth where it is known."""
     calibrator = anchorda.ScoreCalibrator(len(labeler.centroids)).to(labeler.centroids.device)
     for images, truth in samples:
         labels, margins = labeler(images).by_anchor
@@ -144,7 +144,7 @@ def count_margins(
 
 
 def margin_rules(text: str) -> list[tuple[str, float]]:
-    """The rules that `--margin` names, each with its number; the rule of a fixed margin is ""."""
+    """Return the rules of `--margin`, each with its number; a fixed margin is the rule ""."""
     rules = []
     for part in text.split(","):
         rule, _, number = part.rpartition(":")
@@ -166,14 +166,14 @@ def margin_rules(text: str) -> list[tuple[str, float]]:
 
 
 def label_target(stage: Stage, images: Tensor, kinds: str) -> dict[str, Tensor]:
-    """Pseudo-label maps of target images, by labeler; `kinds` of the paper is "both"."""
+    """Return pseudo-label maps of target images by labeler; the paper's `kinds` is "both"."""
     _, by_anchor, by_probability = stage.labeler(images)
     maps = {"anchor": by_anchor.labels, "probability": by_probability.labels}
     return maps if kinds == "both" else {kinds: maps[kinds]}
 
 
 def labeled_shares(stage: Stage, data: Data, kinds: str) -> dict[str, float]:
-    """The share of target pixels that get a label, by labeler, on 32 images or fewer."""
+    """Return the share of target pixels with a label, by labeler, on 32 images or fewer."""
     target = data.target_whole
     some = Subset(target, range(0, len(target), math.ceil(len(target) / 32)))
     names = ("anchor", "probability") if kinds == "both" else (kinds,)
@@ -193,7 +193,7 @@ def labeled_shares(stage: Stage, data: Data, kinds: str) -> dict[str, float]:
 def paper_losses(
     networks: nn.ModuleDict, batch: Batch, *, stage: Stage, data: Data, settings: StageSettings
 ) -> dict[str, Term]:
-    """Both domains are classified, and pulled to the anchors of their (pseudo-)labels."""
+    """Classify both domains, and pull them to the anchors of their (pseudo-)labels."""
     source, labels, target = batch
     pseudo = label_target(stage, target, settings.labels)
     network, centroids = networks["network"], stage.labeler.centroids
@@ -220,7 +220,7 @@ def paper_losses(
 
 
 def source_term(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Term:
-    """Cross-entropy of the source at the resolution of its labels."""
+    """Return the cross-entropy of the source at the resolution of its labels."""
     loss = anchorda.discriminative_loss(logits, labels, weight=weight)
     return Term(
         loss, amount(labels, logits.new_ones(logits.shape[1]) if weight is None else weight)
@@ -228,14 +228,14 @@ def source_term(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Term:
 
 
 def amount(labels: Tensor, weight: Tensor) -> Tensor:
-    """The weights (C,) of labels 0 to 255, added up over all pixels."""
+    """Return the weights (C,) of labels 0 to 255, added up over all pixels."""
     return F.pad(weight, (0, 256 - len(weight)))[labels].sum()
 
 
 def released_losses(
     networks: nn.ModuleDict, batch: Batch, *, stage: Stage, data: Data, settings: StageSettings
 ) -> dict[str, Term]:
-    """The objective as the released code computes it, in each process by itself."""
+    """Return the objective as the released code computes it, in each process by itself."""
     source, labels, target = batch
     _, by_anchor, by_probability = stage.labeler(target)
     images = data.augment(torch.cat([source, target]))

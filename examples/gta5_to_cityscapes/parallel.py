@@ -35,7 +35,7 @@ def check_device(name: str) -> None:
 
 
 def started() -> int:
-    """Number of processes that `torchrun` has started, also before they have joined."""
+    """Return the number of processes that `torchrun` has started, also before they have joined."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
@@ -46,12 +46,12 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -67,7 +67,7 @@ def wait() -> None:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over all processes, in a new tensor without a graph."""
+    """Return the sum over all processes, in a new tensor without a graph."""
     values = values.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(values)

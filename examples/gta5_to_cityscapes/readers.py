@@ -672,7 +672,7 @@ class ResizeAndCrop:
                 f"{size[1]}x{size[0]}"
             )
         top, left = (_randint(full[axis] - size[axis] + 1, generator) for axis in (0, 1))
-        # Cutting out while scaling computes only the pixels that are kept.
+        # Cutting out while scaling computes only the pixels of the crop.
         across, down = image.width / full[1], image.height / full[0]
         box = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
         return _View(size, box, mirror=self.flip and _randint(2, generator) == 1)
@@ -746,7 +746,7 @@ class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
             return self.transform(read_rgb(pair.image), label, generator)
 
     def path(self, index: int) -> Path:
-        """The image file of one pair."""
+        """Return the image file of one pair."""
         return self.pairs[index].image
 
 
@@ -772,5 +772,5 @@ class UnlabeledImages(Dataset[Tensor]):
             return self.transform.image_only(read_rgb(path), generator)
 
     def path(self, index: int) -> Path:
-        """The image file."""
+        """Return the image file."""
         return self.paths[index]

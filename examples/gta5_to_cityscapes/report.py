@@ -28,7 +28,7 @@ _FAINT = "0.75"  # the gray of grid lines
 
 
 def mean_iou(confusion: ConfusionMatrix, classes: Sequence[int]) -> float:
-    """Mean IoU over those of some classes that occur in the truth; NaN if none does."""
+    """Return the mean IoU over those of some classes that occur in the truth; NaN if none does."""
     occurs = confusion.counts.sum(dim=1) > 0
     iou = torch.where(occurs, confusion.iou(), torch.nan)
     return iou[list(classes)].nanmean().item()
@@ -170,7 +170,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Mapping[int, Mapping[str, floa
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centered means over a twentieth of the values, of fewer at the ends."""
+    """Return centered means over a twentieth of the values, of fewer at the ends."""
     reach = max(4, len(values) // 40)
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return np.array([window.mean() for window in windows])

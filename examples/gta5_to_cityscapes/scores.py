@@ -14,13 +14,13 @@ import anchorda
 
 @torch.no_grad()
 def predict(network: Segmenter, images: Tensor, size: torch.Size) -> Tensor:
-    """Predicted classes (N, H, W) at the size of the labels."""
+    """Return predicted classes (N, H, W) at the size of the labels."""
     _, logits = segment(network, images)
     return enlarge(network, logits, size).argmax(dim=1)
 
 
 def evaluate(network: Segmenter, images: LabeledImages, data: Data) -> anchorda.ConfusionMatrix:
-    """The confusion of a network on labeled images."""
+    """Return the confusion of a network on labeled images."""
     network.eval()
     device = data.loading.device
     confusion = anchorda.ConfusionMatrix(len(data.classes)).to(device)
@@ -33,7 +33,7 @@ def evaluate(network: Segmenter, images: LabeledImages, data: Data) -> anchorda.
 
 
 def select(network: Segmenter, *, data: Data) -> dict[str, float]:
-    """The scores that --best-by chooses from."""
+    """Return the scores that --best-by chooses from."""
     domains = {"source": data.held_out, "target": data.evaluation}
     return {
         domain: evaluate(network, images, data).mean_iou().item()
@@ -42,7 +42,7 @@ def select(network: Segmenter, *, data: Data) -> dict[str, float]:
 
 
 def label_quality(stage: Stage, data: Data, kinds: str) -> dict[str, anchorda.PseudoLabelQuality]:
-    """The quality of a stage's pseudo-labels by labeler, if the target has training labels."""
+    """Return a stage's pseudo-label quality by labeler, if the target has training labels."""
     if data.analysis is None:
         return {}
     names = ("anchor", "probability") if kinds == "both" else (kinds,)
@@ -58,7 +58,7 @@ def label_quality(stage: Stage, data: Data, kinds: str) -> dict[str, anchorda.Ps
 
 
 def margin_counts(stage: Stage, images: LabeledImages, data: Data) -> anchorda.ScoreCalibrator:
-    """The margins of all pixels of labeled images, for the curves of other minimums."""
+    """Return the margins of all pixels of labeled images, for the curves of other minimums."""
     old = stage.labeler
     of_all = anchorda.StageLabeler(old.network, old.centroids, extract=old.extract)
     return count_margins(of_all, each_once(images, "margins", data.loading))

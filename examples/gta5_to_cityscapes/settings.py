@@ -59,11 +59,11 @@ class Settings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def groups(self) -> Groups:
-        """The groups, in their order."""
+        """Return the groups, in their order."""
         return self.run, self.data, self.network, self.warm_up, self.stages, self.training
 
     def plain(self) -> dict[str, object]:
-        """Strings, numbers and lists by name, without those that are not set."""
+        """Return strings, numbers and lists by name, without those that are not set."""
         values = {
             entry.name: getattr(group, entry.name)
             for group in self.groups()
@@ -97,7 +97,7 @@ class _CommandLine(Settings):
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line, or an exit with a message that says what is wrong."""
+    """Return settings from the command line; exit with a message where they are wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         line = _parse(arguments)
@@ -136,7 +136,7 @@ def _preset_path(name: str) -> Path:
 
 
 def _preset_arguments(path: Path) -> list[str]:
-    """A preset as flags of the command line, each of them valid by itself."""
+    """Return a preset as flags of the command line, each of them valid by itself."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -174,7 +174,7 @@ def _parses(arguments: list[str]) -> bool:
 
 
 def _checked(line: Settings) -> Settings:
-    """The settings with a device, if they fit together."""
+    """Return the settings with a device, if they fit together."""
     settings = Settings(*line.groups())
     if not settings.run.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,7 +215,7 @@ def _fresh(settings: Settings) -> Settings:
 
 
 def _resumed(settings: Settings) -> Settings:
-    """The same settings, if an earlier run in the folder had them."""
+    """Return the same settings, if an earlier run in the folder had them."""
     output = settings.run.output
     saved = output / "settings.toml"
     if not saved.is_file():

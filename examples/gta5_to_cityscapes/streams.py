@@ -30,7 +30,7 @@ class Images(Protocol[Item_co]):
         """Read one sample."""
 
     def path(self, index: int) -> Path:
-        """The image file of one sample."""
+        """Return the image file of one sample."""
 
 
 class Loading(NamedTuple):
@@ -46,7 +46,7 @@ class Loading(NamedTuple):
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed out of several numbers, such that any difference in them gives another."""
+    """Return a seed made of several numbers, another one for any difference in them."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -64,7 +64,7 @@ class RandomStream(Dataset[Item], Generic[Item]):
         self._order: tuple[int, list[int]] = (-1, [])
 
     def index(self, number: int) -> int:
-        """The index in the data set of sample `number` of the stream."""
+        """Return the index in the data set of sample `number` of the stream."""
         around, place = divmod(number, len(self.images))
         if self._order[0] != around:
             generator = torch.Generator().manual_seed(seed_of(*self.seed, 0, around))
@@ -78,11 +78,11 @@ class RandomStream(Dataset[Item], Generic[Item]):
         return self.images.read(self.index(number), generator)
 
     def files(self, numbers: Sequence[int]) -> list[Path]:
-        """The image files of samples."""
+        """Return the image files of samples."""
         return [self.images.path(self.index(number)) for number in numbers]
 
     def batches(self, first: int, count: int, size: int, loading: Loading) -> DataLoader[Item]:
-        """This process's share of batches number `first` to `count` − 1, of `size` in all."""
+        """Return this process's share of batches `first` to `count` − 1, of `size` in all."""
         share = [numbers(k, size)[parallel.rank() :: parallel.size()] for k in range(first, count)]
         return DataLoader(
             self,
@@ -93,12 +93,12 @@ class RandomStream(Dataset[Item], Generic[Item]):
 
 
 def numbers(batch: int, size: int) -> list[int]:
-    """The numbers in the stream of the samples of a batch, over all processes."""
+    """Return the numbers in the stream of the samples of a batch, over all processes."""
     return list(range(batch * size, (batch + 1) * size))
 
 
 def each_once(dataset: Dataset[Item], title: str, loading: Loading) -> Iterator[Item]:
-    """This process's share of a data set in order, on the device, as batches of one.
+    """Yield this process's share of a data set in order, on the device, as batches of one.
 
     Whole images differ in size, so that they are not stacked. Together the processes read every
     sample once, none of them twice.

@@ -83,7 +83,7 @@ class Experiment:
         self.run.records.evaluation(phase.name, scores, names)
         parts = {
             "network": network.state_dict(),
-            "held": dict(phase.held),
+            "fixed": dict(phase.fixed),
             "classes": self.data.classes.plain(),
             "evaluated": list(self.data.evaluated),
         }
@@ -132,7 +132,7 @@ def adapt(arguments: list[str] | None = None) -> Path:
 
 
 def folders(settings: DataSettings, run: Run) -> DataSettings:
-    """The data settings; without folders in them, those of a synthetic pair that is drawn now."""
+    """Return the data settings; without folders, draw a synthetic pair and return its."""
     if settings.source is not None:
         return settings
     folder = run.settings.output / "synthetic"
@@ -189,19 +189,19 @@ def train_stage(
     experiment: Experiment,
     settings: StageSettings,
 ) -> tuple[Stage, str]:
-    """Label the target anew and train on both domains; the stage and a table of its anchors."""
+    """Label the target and train on both domains; return the stage and a table of anchors."""
     name, training = f"stage {number}", experiment.training
     data, run = experiment.data, experiment.run
-    held = run.held(name)
-    if held is None:
+    fixed = run.fixed(name)
+    if fixed is None:
         stage = begin_stage(network, data, settings)
         table = anchor_table(stage, previous, data.classes.names)
-        held = {"stage": stage.plain(), "health": table}
+        fixed = {"stage": stage.plain(), "health": table}
         say_labeled(name, stage, data, settings.labels)
         for kind, quality in label_quality(stage, data, settings.labels).items():
             run.records.pseudo_labels(name, kind, quality, data.classes.names)
     else:
-        stage = restore_stage(network, held["stage"])
+        stage = restore_stage(network, fixed["stage"])
     count = training.iterations(settings.stage_iterations)
     optimizer = make_optimizer(network, settings.stage_learning_rate, training)
     objective = paper_losses if settings.objective == "paper" else released_losses
@@ -220,10 +220,10 @@ def train_stage(
                 RandomStream(data.target, (seed, number, 1)),
             ],
             score=partial(select, data=data),
-            held=held,
+            fixed=fixed,
         )
     )
-    return stage, held["health"]
+    return stage, fixed["health"]
 
 
 def say_labeled(name: str, stage: Stage, data: Data, kinds: str) -> None:
@@ -243,7 +243,7 @@ def say_labeled(name: str, stage: Stage, data: Data, kinds: str) -> None:
 
 
 def anchor_table(stage: Stage, previous: Stage | None, names: Sequence[str]) -> str:
-    """Counts, nearest neighbors and drift of a stage's anchors."""
+    """Return counts, nearest neighbors and drift of a stage's anchors."""
     before = None if previous is None else previous.labeler.centroids
     health = anchorda.anchor_health(stage.labeler.centroids, stage.counts, previous=before)
     return health.table(names)

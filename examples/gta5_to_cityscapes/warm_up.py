@@ -46,7 +46,7 @@ class WarmUpSettings:
 
 
 def source_losses(networks: nn.ModuleDict, batch: Batch, *, data: Data) -> dict[str, Term]:
-    """The cross-entropy of the source alone."""
+    """Return the cross-entropy of the source alone."""
     images, labels = batch
     network = networks["network"]
     _, logits = segment(network, data.augment(images))
@@ -57,7 +57,7 @@ def source_losses(networks: nn.ModuleDict, batch: Batch, *, data: Data) -> dict[
 def adversarial_losses(
     networks: nn.ModuleDict, batch: Batch, *, data: Data, weight: float
 ) -> dict[str, Term]:
-    """The source, target predictions that should look like the source's, and the discriminator."""
+    """Return the losses of the source, of the alignment, and of the discriminator."""
     source, labels, target = batch
     network, discriminator = networks["network"], networks["discriminator"]
     _, logits = segment(network, data.augment(torch.cat([source, target])))
@@ -91,13 +91,13 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 2, padding=1))
 
     def forward(self, probabilities: Tensor) -> Tensor:
-        """Logits (N, 1, h, w), positive for source, of probabilities (N, C, H, W), H, W ≥ 32."""
+        """Return logits (N, 1, h, w), positive for source, of probabilities (N, C, H, W)."""
         logits: Tensor = self.layers(probabilities)
         return logits
 
 
 def alignment_loss(discriminator: nn.Module, target: Tensor) -> Tensor:
-    r"""Loss of the network: the discriminator should take its target predictions for the source's.
+    r"""Return the network's loss: the discriminator should call target predictions source.
 
     .. math:: -\mathrm{mean} \log \sigma(D(\mathrm{softmax}(z^t)))
 
@@ -113,7 +113,7 @@ def alignment_loss(discriminator: nn.Module, target: Tensor) -> Tensor:
 
 
 def discrimination_loss(discriminator: nn.Module, source: Tensor, target: Tensor) -> Tensor:
-    r"""Loss of the discriminator, on predictions that get no gradient from it.
+    r"""Return the loss of the discriminator, on predictions that get no gradient from it.
 
     .. math:: -\tfrac12 \mathrm{mean} \log \sigma(D(\mathrm{softmax}(z^s)))
               -\tfrac12 \mathrm{mean} \log (1 - \sigma(D(\mathrm{softmax}(z^t))))

@@ -1,4 +1,4 @@
-"""CPSL: assignments to prototypes with the classes' shares kept (arXiv 2203.09744).
+"""CPSL: assignments to prototypes with prescribed class shares (arXiv 2203.09744).
 
     python examples/methods/cpsl.py --source DIR --target DIR --classes FILE --output runs/cpsl
 

@@ -1,4 +1,4 @@
-"""SHOT: adapts without source data, the classifier kept (arXiv 2002.08546).
+"""SHOT: adapts features without source data, for a fixed classifier (arXiv 2002.08546).
 
     python examples/methods/shot.py --source DIR --target DIR --classes FILE --output runs/shot
 

@@ -42,7 +42,7 @@ _CITIES = ("altstadt", "hafen", "neustadt", "weststadt")
 
 @dataclass(frozen=True)
 class Style:
-    """What sets one domain apart from another: camera, street, objects, colors and light."""
+    """The properties of a domain: camera, street, objects, colors and light."""
 
     focal: Range  # in image widths
     horizon: Range  # in image heights, from the top
@@ -230,7 +230,7 @@ class _Canvas:
         return _shade(color, *self.rng.normal(self.rng.normal(1.0, spread), spread / 4, 3))
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
-        """Give the pixel at which a point appears."""
+        """Return the pixel at which a point appears."""
         x, z = x - self.camera_x + self.yaw * z, max(z, 0.4)
         return (
             self.width / 2 + self.focal * x / z,
@@ -634,13 +634,13 @@ def _clutter(canvas: _Canvas, x: float, z: float) -> None:
 
 
 class _Kind(NamedTuple):
-    """How to paint a thing, and where it may stand."""
+    """A kind of thing: the function that paints it, and its positions."""
 
     paint: Callable[[_Canvas, float, float], None]
     place: Literal["lane", "curb", "sidewalk"]
     near: float
     far: float
-    room: Range  # its size across and along the street
+    footprint: Range  # its size across and along the street
 
 
 # Long things first: a place is refused where something already stands.
@@ -663,7 +663,7 @@ _KINDS = {
 def _place(canvas: _Canvas, kind: _Kind) -> tuple[float, float]:
     rng, side = canvas.rng, canvas.rng.choice([-1.0, 1.0])
     if kind.place == "lane":
-        x = side * rng.uniform(0.25, 0.9) * (canvas.road - kind.room[0] / 2)
+        x = side * rng.uniform(0.25, 0.9) * (canvas.road - kind.footprint[0] / 2)
     elif kind.place == "curb":
         x = side * rng.uniform(canvas.road - 1.5, canvas.road + 0.8)
     else:
@@ -687,8 +687,8 @@ def _paint_things(canvas: _Canvas) -> None:
 
 def _apart(first: tuple[float, float, _Kind], second: tuple[float, float, _Kind]) -> bool:
     near, far = sorted((first, second), key=lambda thing: thing[1])
-    across = (near[2].room[0] + far[2].room[0]) / 2
-    return abs(near[0] - far[0]) > across or far[1] - near[1] > near[2].room[1]
+    across = (near[2].footprint[0] + far[2].footprint[0]) / 2
+    return abs(near[0] - far[0]) > across or far[1] - near[1] > near[2].footprint[1]
 
 
 def _paint_hood(canvas: _Canvas) -> None:
@@ -710,7 +710,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], cell: float) -> NDA
 
 
 def _surface(canvas: _Canvas) -> NDArray[np.float32]:
-    """Roughness of each pixel, as a gain: leaves and grass are rough, the sky is smooth."""
+    """Return the roughness of each pixel: leaves and grass are rough, the sky is smooth."""
     rough = np.ones(256, np.float32)
     for name, strength in (("vegetation", 2.2), ("terrain", 1.6), ("sky", 0.05), ("car", 0.4)):
         rough[_RAW_IDS[name]] = strength

@@ -18,12 +18,12 @@ from torch import Tensor
 
 
 class UnfitError(ValueError):
-    """Why a file is not one of arrays, as the end of a sentence about it."""
+    """A file that is not one of arrays; the message ends a sentence about the file."""
 
 
 @dataclass
 class _Built:
-    """What a pickle asks to be built: by which global, from which arguments, with which state."""
+    """An object that a pickle describes: the global that builds it, its arguments and state."""
 
     name: str
     arguments: tuple[object, ...]
@@ -48,7 +48,7 @@ class _Global:
 
 @dataclass
 class _Storage:
-    """The numbers of a tensor, which lie outside of the pickle. Where they lived is not kept."""
+    """The numbers of a tensor, which are stored outside of the pickle, without their device."""
 
     dtype: torch.dtype
     data: bytes = b""
@@ -121,7 +121,7 @@ class _Reader(pickle._Unpickler):
 
 
 def read(file: IO[bytes]) -> object:
-    """What a file holds: plain values, and descriptions of which `to_tensor` makes tensors.
+    """Return the content of a file: plain values, and descriptions for `to_tensor`.
 
     Raises:
         UnfitError: if it names what no array needs.
@@ -137,7 +137,7 @@ def read(file: IO[bytes]) -> object:
 
 
 def to_tensor(value: object) -> Tensor:
-    """A tensor, on the CPU, from the description of an array or tensor of numbers."""
+    """Return a tensor, on the CPU, from the description of an array or tensor of numbers."""
     match value:
         case _Built(
             "_reconstruct",
@@ -225,7 +225,7 @@ def format_of(file: IO[bytes]) -> str | None:
 
 
 def _read_archive(archive: zipfile.ZipFile) -> object:
-    """The format of torch since 1.6: a pickle and storages, as files of a folder in an archive."""
+    """Read the format of torch since 1.6: an archive of a pickle and storages."""
     folder = archive.namelist()[0].partition("/")[0]
 
     def member(name: str) -> bytes:
@@ -243,7 +243,7 @@ def _read_archive(archive: zipfile.ZipFile) -> object:
 
 
 def _read_old(file: IO[bytes]) -> object:
-    """The format of torch before 1.6, after its magic number: pickles, then the storages."""
+    """Read the format of torch before 1.6 after its magic number: pickles, then storages."""
     _Reader(file).load()  # the version of the format
     _Reader(file).load()  # the sizes of the writer's types
     reader = _Reader(file)

@@ -32,7 +32,7 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
 def smallest_of_classes(
     classes: Tensor, priorities: Tensor, num_classes: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Of each class the indices (C, K) of the smallest priorities, and which of them exist.
+    """Return indices (C, K) of each class's smallest priorities, and which of them exist.
 
     By one sort and fixed shapes, so that the host does not wait for the device.
     """

@@ -27,7 +27,7 @@ def seen_classes(anchors: Tensor, rank: int = 1) -> Tensor:
 def similarities(
     features: Tensor, anchors: Tensor, similarity: Similarity, active: Tensor | None = None
 ) -> Tensor:
-    """Similarities (N, C, *) of features to anchors (C, D) or, the largest of M, (C, M, D).
+    """Return similarities (N, C, *) of features to anchors (C, D) or, the largest of M, (C, M, D).
 
     −∞ for an unseen class, else NaN where a feature is not finite; 0 where a pixel is not
     ``active (N, *)``, so that its value reaches no gradient. Of a zero vector the cosine is 0.
@@ -58,5 +58,5 @@ def similarities(
 
 
 def _where_active(values: Tensor, active: Tensor | None) -> Tensor:
-    """Values (N, K, *), 0 where a pixel is not active: 0 times a NaN slope would be a NaN."""
+    """Return values (N, K, *), 0 for inactive pixels: 0 times a NaN slope would be a NaN."""
     return values if active is None else torch.where(active.unsqueeze(1), values, 0.0)

@@ -42,7 +42,7 @@ _CANDIDATES = 64
 
 
 class ClassSums(NamedTuple):
-    """What `class_sums` returns."""
+    """Sums and counts of the features of each class; see `class_sums`."""
 
     sums: Tensor
     """(C, D) float64: the sum of the features of each class."""
@@ -285,7 +285,7 @@ class CategoryAnchors(nn.Module):
     where :math:`N_c` is the count so far, and the first batch of a class is taken whole. The
     running mean is the exact mean of all that was seen, whatever the order of the batches and
     however the stream was split; with ``max_count`` it forgets like one that never saw more than
-    that many. Anchors are kept in float64 with int64 counts, in buffers that no ``.half()`` or
+    that many. Anchors are stored in float64 with int64 counts, in buffers that no ``.half()`` or
     ``.to(dtype)`` degrades. ``update`` does not communicate between processes.
 
     Args:
@@ -463,14 +463,14 @@ class CategoryAnchors(nn.Module):
         self.passed_with_counts = False
 
     def compute(self) -> Tensor:
-        """The anchors (C, D) in float32, NaN in the rows of unseen classes."""
+        """Return the anchors (C, D) in float32, NaN in the rows of unseen classes."""
         return torch.where(self.seen[:, None], self.means, torch.nan).float()
 
     def _settings(self) -> tuple[int, int, int | None, float | None]:
         return self.num_classes, self.feature_dim, self.max_count, self.momentum
 
     def _share(self, counts: Tensor) -> Tensor:
-        """What part of all that will have been seen these counts are."""
+        """Return these counts as a fraction of all counts, theirs included."""
         return counts.to(self.means.dtype) / (self.counts + counts).clamp(min=1)
 
     def _blend(self, means: Tensor, counts: Tensor, weights: Tensor) -> None:
@@ -487,7 +487,7 @@ class CategoryAnchors(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        """The attributes, by value where a new process is started with them."""
+        """Return the attributes, by value where a new process is started with them."""
         return sent_state(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -495,7 +495,7 @@ class CategoryAnchors(nn.Module):
         receive_state(self, state)
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return (
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"max_count={self.max_count}, momentum={self.momentum}"
@@ -695,7 +695,7 @@ class AnchorClusters(nn.Module):
         self.counts[:, 0] += added[:-1]
 
     def _seeds(self) -> Tensor:
-        """Seeds (C, M, D) of k-means++ among the candidates; NaN where they are not distinct."""
+        """Return seeds (C, M, D) of k-means++ from the candidates; NaN where not distinct."""
         x, (num_classes, per_class, _) = self.candidates.double(), self.anchors.shape
         some = torch.arange(num_classes * per_class, device=x.device)
         draws = random_priorities(some, self.seed).view(num_classes, per_class) / NO_PRIORITY
@@ -728,7 +728,7 @@ class AnchorClusters(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, object]:
-        """The attributes, by value where a new process is started with them."""
+        """Return the attributes, by value where a new process is started with them."""
         return sent_state(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -736,7 +736,7 @@ class AnchorClusters(nn.Module):
         receive_state(self, state)
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         num_classes, per_class, dim = self.anchors.shape
         return (
             f"num_classes={num_classes}, feature_dim={dim}, anchors_per_class={per_class}, "

@@ -42,7 +42,7 @@ _BINS_PER_OCTAVE = 64
 
 
 class PrecisionCoverage(NamedTuple):
-    """What `ScoreCalibrator.curve` returns: T minimums, and what each would do to every class."""
+    """Coverage and precision of each class at T minimum scores; see `ScoreCalibrator.curve`."""
 
     min_scores: Tensor
     """(T,) float32, ascending from −∞ to ∞."""
@@ -148,7 +148,7 @@ class ScoreCalibrator(nn.Module):
         self.passed_with_counts = False
 
     def min_score_for_coverage(self, coverage: float) -> Tensor:
-        """The largest minimum (C,) float32 that still labels a fraction of each class's pixels.
+        """Return the largest minimum (C,) float32 that labels this fraction of each class.
 
         No truth is needed. Infinite for a class that no pixel was called, and for a coverage of 0.
         """
@@ -159,7 +159,7 @@ class ScoreCalibrator(nn.Module):
         return self.edges[enough.sum(dim=1) - 1]
 
     def min_score_for_precision(self, precision: float, *, min_count: int = 100) -> Tensor:
-        """The minimum (C,) float32 that labels most of each class at this precision or above.
+        """Return the minimum (C,) float32 that labels most at this precision or above.
 
         Of minimums that label the same judged pixels it is the largest. Infinite for a class that
         does not reach the precision where at least ``min_count`` judged pixels exceed the minimum:
@@ -183,7 +183,7 @@ class ScoreCalibrator(nn.Module):
         return torch.where(enough.any(dim=1), self.edges[largest], torch.inf)
 
     def curve(self) -> PrecisionCoverage:
-        """Coverage and precision at every candidate: the precision-coverage curve of each class."""
+        """Return coverage and precision of each class at every candidate."""
         dtype = torch.float64 if has_float64(self.counts.device) else torch.float32
         right, wrong, _ = above = _above(self.counts)
         labeled = above.sum(dim=0)
@@ -199,7 +199,7 @@ class ScoreCalibrator(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        """The attributes, by value where a new process is started with them."""
+        """Return the attributes, by value where a new process is started with them."""
         return sent_state(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -207,12 +207,12 @@ class ScoreCalibrator(nn.Module):
         receive_state(self, state)
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"num_classes={self.num_classes}"
 
 
 def _edges() -> Tensor:
-    """Candidates evenly spaced in log |s| and, between 0.5 and 1, also in log(1 − s)."""
+    """Return candidates evenly spaced in log |s| and, between 0.5 and 1, also in log(1 − s)."""
     steps = np.arange(-20 * _BINS_PER_OCTAVE, 24 * _BINS_PER_OCTAVE + 1) / _BINS_PER_OCTAVE
     scales, to_one = np.exp2(steps[steps <= 20]), 1 - np.exp2(-steps[steps >= 1])
     inner = np.unique(np.concatenate([scales, to_one]).astype(np.float32))
@@ -221,12 +221,12 @@ def _edges() -> Tensor:
 
 
 def _above(counts: Tensor) -> Tensor:
-    """How many scores (*, B + 1) exceed each edge."""
+    """Return the number of scores (*, B + 1) that exceed each edge."""
     return nn.functional.pad(counts.flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
 def margin_limits(anchors: Tensor | npt.NDArray[np.floating]) -> Tensor:
-    r"""The margin that no pixel of a class can exceed.
+    r"""Return the margin that no pixel of a class can exceed.
 
     .. math:: \ell_c = \min_{k \ne c} \lVert a_c - a_k \rVert_2
 
@@ -314,7 +314,7 @@ def warn_unreachable_margins(
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnchorHealth:
-    """What `anchor_health` returns; ``str()`` of it is a short table."""
+    """The report of `anchor_health`; ``str()`` of it is a short table."""
 
     distances: Tensor
     """(C, C): Euclidean distance between each two anchors; NaN if one of them is unseen."""
@@ -332,7 +332,7 @@ class AnchorHealth:
     """(C,) bool: the classes with an anchor of fewer contributions than asked for."""
 
     def table(self, class_names: Sequence[str] | None = None) -> str:
-        """A line for each class, with C names if given."""
+        """Return a line for each class, with C names if given."""
         names = check_class_names(class_names, len(self.counts))
         check_values(self.limits, "anchors")
         check_values(self.counts, "counts")
@@ -360,7 +360,7 @@ class AnchorHealth:
         )
 
     def __str__(self) -> str:
-        """The table, with numbered classes."""
+        """Return the table, with numbered classes."""
         return self.table()
 
 
@@ -371,9 +371,9 @@ def anchor_health(
     previous: Tensor | npt.NDArray[np.floating] | None = None,
     min_count: int = 10,
 ) -> AnchorHealth:
-    """How far apart the anchors are, what they rest on, and how far they have moved.
+    """Return distances between anchors, the counts behind them, and their drift.
 
-    Anchors that lie close together leave no room for a margin, anchors of a handful of pixels are
+    Anchors that are close together limit the margin, anchors of a handful of pixels are
     noise, and anchors that move a lot between stages mean that the features have changed.
 
     Args:
@@ -433,7 +433,7 @@ def anchor_health(
 
 
 def _to_other_classes(anchors: Tensor) -> Tensor:
-    """Distances (C, M, C) of anchors to classes: infinite to their own and to unseen ones.
+    """Return distances (C, M, C) of anchors to classes: infinite to their own and to unseen ones.
 
     NaN from an anchor that is absent.
     """

@@ -99,7 +99,7 @@ def all_reduce_class_sums(
 
 
 def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
-    r"""Make every rank hold what one process would that saw the streams of all ranks, in place.
+    r"""Combine the states of all ranks in place: each holds the result of one process over all.
 
     Counts are added up, and so are scatters, about the means of all ranks. Anchors are averaged
     with their counts as weights:
@@ -186,7 +186,7 @@ def check_agreement(state: State, group: dist.ProcessGroup | None) -> None:
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int]:
-    """The processes of a group by their global ranks; none without ``torch.distributed``."""
+    """Return the processes of a group by their global ranks; none without ``torch.distributed``."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     if dist.get_rank(group) < 0:
@@ -239,7 +239,7 @@ def _merge_all(state: _OfLogits | AnchorClusters, group: dist.ProcessGroup | Non
 
 
 def _sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over all ranks in a new tensor, of the same bits on each."""
+    """Return the sum over all ranks in a new tensor, of the same bits on each."""
     ranks = _ranks(group)
     if not ranks:
         return values.detach().clone()
@@ -255,7 +255,7 @@ def _sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _meeting_place(device: torch.device, group: dist.ProcessGroup | None) -> torch.device:
-    """Where a group exchanges what lives on a device: NCCL on a GPU only, gloo on the CPU.
+    """Return the device on which a group exchanges tensors: NCCL on a GPU only, gloo on the CPU.
 
     With either of them this kind of device depends on the group alone, so that ranks whose states
     live on different devices meet.

@@ -63,21 +63,21 @@ class ConfusionMatrix(nn.Module):
         self.passed_with_counts = False
 
     def iou(self) -> Tensor:
-        """IoU (C,) float64; NaN for a class that is neither in the truth nor predicted."""
+        """Return the IoU (C,) float64; NaN for a class neither in the truth nor predicted."""
         hits = self.counts.diagonal()
         return _ratio(hits, self.counts.sum(dim=1) + self.counts.sum(dim=0)[:-1] - hits)
 
     def mean_iou(self) -> Tensor:
-        """Mean IoU () float64 over the classes that occur in the truth; NaN if none does."""
+        """Return the mean IoU () float64 over the classes in the truth; NaN if there is none."""
         occurs = self.counts.sum(dim=1) > 0
         return torch.where(occurs, self.iou(), torch.nan).nanmean()
 
     def accuracy(self) -> Tensor:
-        """Fraction () float64 of the pixels that are predicted right; NaN without pixels."""
+        """Return the fraction () float64 of pixels predicted right; NaN without pixels."""
         return _ratio(self.counts.diagonal().sum(), self.counts.sum())
 
     def __getstate__(self) -> dict[str, object]:
-        """The attributes, by value where a new process is started with them."""
+        """Return the attributes, by value where a new process is started with them."""
         return sent_state(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -142,19 +142,19 @@ class PseudoLabelQuality(nn.Module):
         self.passed_with_counts = False
 
     def coverage(self) -> Tensor:
-        """Labeled fraction (C,) float64 of each true class; NaN for a class not in the truth."""
+        """Return the labeled fraction (C,) float64 of each true class; NaN if not in the truth."""
         return _ratio(self.counts[:, :-1].sum(dim=1), self.counts.sum(dim=1))
 
     def precision(self) -> Tensor:
-        """Right fraction (C,) float64 of each pseudo-label; NaN for one that was never given."""
+        """Return the right fraction (C,) float64 of each pseudo-label; NaN if never given."""
         return _ratio(self.counts.diagonal(), self.counts[:, :-1].sum(dim=0))
 
     def recall(self) -> Tensor:
-        """Fraction (C,) float64 of each true class labeled right; NaN if not in the truth."""
+        """Return the fraction (C,) float64 of each true class labeled right; NaN if not there."""
         return _ratio(self.counts.diagonal(), self.counts.sum(dim=1))
 
     def __getstate__(self) -> dict[str, object]:
-        """The attributes, by value where a new process is started with them."""
+        """Return the attributes, by value where a new process is started with them."""
         return sent_state(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:

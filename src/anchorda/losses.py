@@ -54,7 +54,7 @@ def anchor_distance_loss(
     average: Average = "pixel",
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Mean distance of the features to the anchor of their label.
+    r"""Return the mean distance of the features to the anchor of their label.
 
     .. math:: \ell_i = \begin{cases}
                   \lVert x_i - a_{y_i} \rVert_2 & \text{"euclidean"} \\
@@ -111,7 +111,7 @@ def discriminative_loss(
     label_smoothing: float = 0.0,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of the classifier on labels or pseudo-labels.
+    r"""Return the cross-entropy of the classifier on labels or pseudo-labels.
 
     .. math:: \ell = -\frac{\sum_i w_{y_i} \log \mathrm{softmax}(z_i)_{y_i}}{\sum_i w_{y_i}}
 
@@ -160,7 +160,7 @@ def anchor_contrastive_loss(
     temperature: float = 1.0,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of the softmax over similarities to the anchors.
+    r"""Return the cross-entropy of the softmax over similarities to the anchors.
 
     .. math:: \ell_i = -\log \frac{\exp(s(x_i, a_{y_i}) / \tau)}
                                   {\sum_{k\ \text{seen}} \exp(s(x_i, a_k) / \tau)}
@@ -215,7 +215,7 @@ def anchor_consistency_loss(
     temperature: float = 1.0,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Mean divergence of the soft assignment of features from that of a teacher.
+    r"""Return the mean divergence of the soft assignment of features from that of a teacher.
 
     .. math:: \ell_i = \sum_{k\ \text{seen}} t_{i,k} \log \frac{t_{i,k}}{p_{i,k}}
 
@@ -277,7 +277,7 @@ def anchor_distribution_loss(
     temperature: float = 1.0,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Contrast of features to classes that are Gaussian, in expectation over all their members.
+    r"""Return the expected contrast of features to the samples of Gaussian classes.
 
     .. math:: \ell_i = -\frac{x_i \cdot \mu_{y_i}}{\tau} + \log \sum_{k\ \text{seen}}
               \exp\Bigl(\frac{x_i \cdot \mu_k}{\tau}
@@ -346,7 +346,7 @@ def symmetric_cross_entropy(
     beta: float = 1.0,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross-entropy plus the reverse cross-entropy, which bounds what a wrong label can cost.
+    r"""Return the cross-entropy plus the reverse cross-entropy, which bounds a wrong label's loss.
 
     .. math:: \ell_i = -\alpha \log p_{i,y_i} - \beta \log(10^{-4})
               \sum_{k \ne y_i} \operatorname{clamp}(p_{i,k}, 10^{-7}, 1), \qquad
@@ -392,7 +392,7 @@ def symmetric_cross_entropy(
 
 
 def information_maximization_loss(logits: Tensor) -> Tensor:
-    r"""Mean entropy of the predictions minus the entropy of their mean.
+    r"""Return the mean entropy of the predictions minus the entropy of their mean.
 
     .. math:: \ell = \frac{1}{n} \sum_i H(p_i) - H\Bigl(\frac{1}{n} \sum_i p_i\Bigr), \qquad
               H(p) = -\sum_k p_k \log(p_k + 10^{-5})
@@ -430,7 +430,7 @@ def feature_distance_loss(
     classes: Sequence[int] | None = None,
     pixel_weights: Tensor | None = None,
 ) -> Tensor:
-    r"""Mean Euclidean distance of features to those of another network.
+    r"""Return the mean Euclidean distance of features to those of another network.
 
     .. math:: \ell_i = \lVert x_i - r_i \rVert_2
 
@@ -518,7 +518,7 @@ class AnchorDistanceLoss(nn.Module):
         *,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D) or (C, M, D)."""
+        """Return the loss of features (N, D, *) with labels (N, *) against anchors."""
         return anchor_distance_loss(
             features,
             labels,
@@ -529,7 +529,7 @@ class AnchorDistanceLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"{self.distance!r}, average={self.average!r}"
 
 
@@ -566,7 +566,7 @@ class DiscriminativeLoss(nn.Module):
     def forward(
         self, logits: Tensor, labels: Tensor, *, pixel_weights: Tensor | None = None
     ) -> Tensor:
-        """The loss of logits (N, C, *) with labels (N, *)."""
+        """Return the loss of logits (N, C, *) with labels (N, *)."""
         return discriminative_loss(
             logits,
             labels,
@@ -580,7 +580,7 @@ class DiscriminativeLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"label_smoothing={self.label_smoothing}"
 
 
@@ -623,7 +623,7 @@ class AnchorContrastiveLoss(nn.Module):
         *,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of features (N, D, *) with labels (N, *) against anchors (C, D) or (C, M, D)."""
+        """Return the loss of features (N, D, *) with labels (N, *) against anchors."""
         return anchor_contrastive_loss(
             features,
             labels,
@@ -634,7 +634,7 @@ class AnchorContrastiveLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"temperature={self.temperature}, similarity={self.similarity!r}"
 
 
@@ -676,7 +676,7 @@ class AnchorConsistencyLoss(nn.Module):
         *,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of features (N, D, *) with probabilities (N, C, *) against anchors."""
+        """Return the loss of features (N, D, *) with probabilities (N, C, *) against anchors."""
         return anchor_consistency_loss(
             features,
             teacher_probabilities,
@@ -687,7 +687,7 @@ class AnchorConsistencyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"temperature={self.temperature}, similarity={self.similarity!r}"
 
 
@@ -727,7 +727,7 @@ class AnchorDistributionLoss(nn.Module):
         *,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of features (N, D, *) with labels (N, *) against moments (C, D)."""
+        """Return the loss of features (N, D, *) with labels (N, *) against moments (C, D)."""
         return anchor_distribution_loss(
             features,
             labels,
@@ -738,7 +738,7 @@ class AnchorDistributionLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"temperature={self.temperature}"
 
 
@@ -772,13 +772,13 @@ class SymmetricCrossEntropyLoss(nn.Module):
     def forward(
         self, logits: Tensor, labels: Tensor, *, pixel_weights: Tensor | None = None
     ) -> Tensor:
-        """The loss of logits (N, C, *) with labels (N, *)."""
+        """Return the loss of logits (N, C, *) with labels (N, *)."""
         return symmetric_cross_entropy(
             logits, labels, alpha=self.alpha, beta=self.beta, pixel_weights=pixel_weights
         )
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"alpha={self.alpha}, beta={self.beta}"
 
 
@@ -807,7 +807,7 @@ class InformationMaximizationLoss(nn.Module):
         super().__init__()
 
     def forward(self, logits: Tensor) -> Tensor:
-        """The loss of logits (N, C, *)."""
+        """Return the loss of logits (N, C, *)."""
         return information_maximization_loss(logits)
 
 
@@ -846,20 +846,20 @@ class FeatureDistanceLoss(nn.Module):
         *,
         pixel_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of features (N, D, *) with a reference of their shape and labels (N, *)."""
+        """Return the loss of features and a reference (N, D, *) with labels (N, *)."""
         return feature_distance_loss(
             features, reference, labels, classes=self.classes, pixel_weights=pixel_weights
         )
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"classes={self.classes}"
 
 
 def _active_labels(
     features: Tensor, labels: Tensor, anchors: Tensor, pixel_weights: Tensor | None
 ) -> Tensor:
-    """Labels int64 (N, *), −1 where outside [0, C) or of an unseen class."""
+    """Return labels int64 (N, *), −1 where outside [0, C) or of an unseen class."""
     check_features(features)
     check_labels(labels, features)
     check_anchors(anchors, features)
@@ -869,25 +869,25 @@ def _active_labels(
 
 
 def _labels_in_range(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels int64, −1 where outside [0, C)."""
+    """Return labels int64, −1 where outside [0, C)."""
     labels = labels.long()
     return torch.where((labels >= 0) & (labels < num_classes), labels, -1)
 
 
 def _weighted(losses: Tensor, active: Tensor, pixel_weights: Tensor | None) -> Tensor:
-    """The losses times their weights; the weight of an inactive pixel has no influence."""
+    """Return the losses times their weights; the weight of an inactive pixel has no influence."""
     if pixel_weights is None:
         return losses
     return losses * torch.where(active, pixel_weights.detach(), 0.0).to(losses.dtype)
 
 
 def _mean(losses: Tensor, active: Tensor, pixel_weights: Tensor | None) -> Tensor:
-    """The mean over the active pixels of weight × loss; inactive losses are 0."""
+    """Return the mean over the active pixels of weight × loss; inactive losses are 0."""
     return _weighted(losses, active, pixel_weights).sum() / active.sum().clamp(min=1)
 
 
 def _shares(targets: Tensor, num_classes: int, average: Average, dtype: torch.dtype) -> Tensor:
-    """Factors (N, *) with which the pixels' losses sum up to their average."""
+    """Return factors (N, *): the sum of the losses times these is their average."""
     active = targets >= 0
     if average == "pixel":
         return active.to(dtype) / active.sum().clamp(min=1)
@@ -899,7 +899,7 @@ def _shares(targets: Tensor, num_classes: int, average: Average, dtype: torch.dt
 
 
 def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of a loss: float64 for float64, else float32."""
+    """Return the dtype of a loss: float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -909,7 +909,7 @@ def _cross_entropies(
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The cross-entropy (N, *) of each pixel, 0 where the target is −1."""
+    """Return the cross-entropy (N, *) of each pixel, 0 where the target is −1."""
     # The softmax of an ignored pixel enters the gradient as 0·softmax: NaN where that is NaN.
     logits = torch.where((targets >= 0).unsqueeze(1), logits.to(_loss_dtype(logits)), 0.0)
     return F.cross_entropy(

@@ -435,7 +435,7 @@ def plot_labels(
 
 
 def _labeled_rows(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Array, Array]:
-    """Features (P, D) with a label in [0, C), evenly taken, and their labels (P,)."""
+    """Return features (P, D) with a label in [0, C), evenly taken, and their labels (P,)."""
     x = features.detach().movedim(1, -1).flatten(0, -2)
     y = labels.detach().long().flatten()
     chosen = torch.nonzero((y >= 0) & (y < num_classes) & x.isfinite().all(dim=1)).flatten()
@@ -444,7 +444,7 @@ def _labeled_rows(features: Tensor, labels: Tensor, num_classes: int) -> tuple[A
 
 
 def _anchor_points(anchors: Tensor) -> tuple[Array, NDArray[np.int64]]:
-    """Finite anchors (A, D) and the class of each."""
+    """Return the finite anchors (A, D) and the class of each."""
     rows = anchors.detach().cpu().double()
     rows = rows.unsqueeze(1) if rows.ndim == 2 else rows
     classes = torch.arange(len(rows))[:, None].expand(rows.shape[:2])
@@ -455,7 +455,7 @@ def _anchor_points(anchors: Tensor) -> tuple[Array, NDArray[np.int64]]:
 def _project(
     x: Array, y: Array, points: Array, of_class: NDArray[np.int64], projection: Projection
 ) -> tuple[Array, Array]:
-    """Features (P, 2) and anchors (A, 2) in the plane."""
+    """Return features (P, 2) and anchors (A, 2) in the plane."""
     if projection == "tsne":
         try:
             from sklearn.manifold import TSNE
@@ -516,7 +516,7 @@ def _set_logarithmic(axes: Axes) -> None:
 
 
 def _class_distances(anchors: Tensor) -> Array:
-    """Distances (C, C) between classes, infinite where one is unseen."""
+    """Return distances (C, C) between classes, infinite where one is unseen."""
     rows = anchors.detach().cpu().double()
     between = anchor_distances(rows.view(-1, rows.shape[-1]), rows)  # from each row to each class
     finite = torch.where(between.isnan(), torch.inf, between)
@@ -524,7 +524,7 @@ def _class_distances(anchors: Tensor) -> Array:
 
 
 def _linkage_order(distances: Array) -> list[int]:
-    """The leaves of average linkage, each merge turned so that its nearest ends meet."""
+    """Return the leaves of average linkage, each merge turned so that its nearest ends meet."""
     groups = [[i] for i in range(len(distances))]
     while len(groups) > 1:
         pairs = [(i, j) for j in range(len(groups)) for i in range(j)]
@@ -537,7 +537,7 @@ def _linkage_order(distances: Array) -> list[int]:
 
 
 def _histogram(counts: Array, edges: Array) -> tuple[Array, Array]:
-    """Counts (C, 60) in coarser bins, evenly spaced in log s, and their edges (61,).
+    """Return counts (C, 60) in coarser bins, evenly spaced in log s, and their edges (61,).
 
     They span all classes from the first percent of their scores to the last score; what lies
     outside is counted at the ends.
@@ -564,7 +564,7 @@ def _per_class(minimum: PerClass | None, calibrator: ScoreCalibrator) -> Array |
 
 
 def _ranks(scores: NDArray[np.float32], among: NDArray[np.bool_]) -> Array:
-    """The share of the chosen pixels with a lower score, for each pixel; NaN ranks lowest."""
+    """Return for each pixel the share of chosen pixels with a lower score; NaN is lowest."""
     values = np.where(np.isnan(scores), -np.inf, scores)
     chosen = np.sort(values[among])
     return np.searchsorted(chosen, values, side="left") / max(1, len(chosen) - 1)

@@ -33,7 +33,7 @@ from ._state import adopt_shapes, move_buffers
 
 
 class PseudoLabels(NamedTuple):
-    """What a labeler returns."""
+    """The labels and scores that a labeler returns."""
 
     labels: Tensor
     """(N, *) int64: a class where the pixel is active, ``ignore_index`` elsewhere."""
@@ -43,7 +43,7 @@ class PseudoLabels(NamedTuple):
 
 
 def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
-    r"""Euclidean distances from every feature to every class.
+    r"""Return the Euclidean distances from every feature to every class.
 
     .. math:: d_{i,k} = \lVert x_i - a_k \rVert_2 \quad\text{or}\quad
               d_{i,k} = \min_m \lVert x_i - a_{k,m} \rVert_2
@@ -86,7 +86,7 @@ def anchor_probabilities(
     similarity: Similarity = "euclidean",
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Softmax over the similarities of every feature to the anchors.
+    r"""Return the softmax over the similarities of every feature to the anchors.
 
     .. math:: p_{i,k} = \frac{\exp(s(x_i, a_k) / \tau)}
                             {\sum_{j\ \text{seen}} \exp(s(x_i, a_j) / \tau)}
@@ -130,7 +130,7 @@ def anchor_probabilities(
 
 
 def rectify(probabilities: Tensor, assignments: Tensor) -> Tensor:
-    r"""Product of class probabilities and soft assignments, scaled to a sum of 1.
+    r"""Return the product of class probabilities and soft assignments, scaled to a sum of 1.
 
     .. math:: \hat p_{i,k} = \frac{p_{i,k}\, w_{i,k}}{\sum_j p_{i,j}\, w_{i,j}}
 
@@ -171,7 +171,7 @@ def sinkhorn_assignments(
     epsilon: float = 0.05,
     iterations: int = 3,
 ) -> Tensor:
-    r"""Soft assignments of samples to classes whose sizes are prescribed.
+    r"""Return soft assignments of samples to classes whose sizes are prescribed.
 
     .. math:: Q = \operatorname{diag}(u)\, \exp(S / \epsilon)\, \operatorname{diag}(v)
 
@@ -350,7 +350,7 @@ class AnchorPseudoLabeler(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return (
             f"min_margin={_shown(self.min_margin)}, relative={self.relative}, "
             f"ignore_index={self.ignore_index}"
@@ -422,7 +422,7 @@ class ProbabilityPseudoLabeler(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return f"min_probability={_shown(self.min_probability)}, ignore_index={self.ignore_index}"
 
 

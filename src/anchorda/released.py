@@ -1,4 +1,4 @@
-"""What the released CAG-UDA code does and its paper does not say, and a reader of anchor files.
+"""Behaviors of the released CAG-UDA code that its paper omits, and a reader of anchor files.
 
 For reproducing its numbers, and for starting from anchors that released codes have saved. New work
 is better served by `anchorda.losses`, whose gradients are those of the losses they belong to.
@@ -33,7 +33,7 @@ _MIN_PIXELS = 10
 
 
 class CagUdaLoss(NamedTuple):
-    """What `cag_uda_loss` returns; all scalars, connected to the graph."""
+    """The terms of `cag_uda_loss`: scalars, connected to the graph."""
 
     total: Tensor
     """The sum of the other three: what to call ``backward()`` on."""
@@ -57,7 +57,7 @@ def cag_uda_loss(
     *,
     distance_weight: float = 0.7,
 ) -> CagUdaLoss:
-    r"""The training objective of the released CAG-UDA code.
+    r"""Return the training objective of the released CAG-UDA code.
 
     .. math:: \ell = \mathrm{CE}(\hat z^s, y^s) +
               \tfrac{1}{2} (\mathrm{CE}(z^t, \hat y^a) + \mathrm{CE}(z^t, \hat y^p)) +
@@ -232,7 +232,7 @@ def _distance_loss(features: Tensor, logits: Tensor, labels: Tensor, anchors: Te
 
 
 def _scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
-    """The same values, to the last bit, whose gradient is multiplied by the scale."""
+    """Return the same values, to the last bit, whose gradient is multiplied by the scale."""
     constant = values.detach()
     return constant + scale * (values - constant)
 

@@ -44,7 +44,7 @@ class LinearDiscriminant(NamedTuple):
     """(C,) or (C, M) float32; −∞ for an unseen class."""
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (N, C, *) of features (N, D, *): one product, in float32 at least.
+        """Return logits (N, C, *) of features (N, D, *): one product, in float32 at least.
 
         Of several anchors of a class the largest logit counts. Half-precision features are
         converted to float32 first.
@@ -209,7 +209,7 @@ class WithinClassCovariance(nn.Module):
         receive_state(self, state)
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return _settings(self)
 
 
@@ -289,7 +289,7 @@ class ClassVariances(nn.Module):
         receive_state(self, state)
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
+        """Return the settings, as ``repr`` shows them."""
         return _settings(self)
 
 

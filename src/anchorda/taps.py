@@ -78,7 +78,7 @@ class FeatureTap:
 
     @property
     def features(self) -> Tensor:
-        """What the module returned or received in the last call inside of the ``with``."""
+        """The output or input of the module in its last call inside of the ``with``."""
         name = type(self._module).__name__
         if self._held is None:
             raise RuntimeError(
@@ -102,7 +102,7 @@ class FeatureTap:
         return value
 
     def __enter__(self) -> Self:
-        """Put the hook in place, and forget the features of an earlier time."""
+        """Register the hook, and forget features of an earlier use."""
         if self._handle is not None:
             raise RuntimeError(
                 "Expected a tap that is not entered, but got one that is. Make another one."
@@ -137,5 +137,5 @@ class FeatureTap:
         self._held = value, module is self._module
 
     def __repr__(self) -> str:
-        """The module's class and the side that is taken."""
+        """Return the module's class and the side that is taken."""
         return f"FeatureTap({type(self._module).__name__}, of={self._of!r})"

@@ -18,7 +18,7 @@ def discriminator() -> Discriminator:
 
 
 def probability(judge: Discriminator, of: Tensor) -> NDArray[np.float64]:
-    """By hand: of being the source's, for each patch."""
+    """Return the probability of the source for each patch, by hand."""
     scores = of.detach().double().numpy()
     power = np.exp(scores - scores.max(axis=1, keepdims=True))
     shares = torch.from_numpy(power / power.sum(axis=1, keepdims=True))

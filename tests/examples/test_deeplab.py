@@ -25,7 +25,7 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def make(depth: int = 18, *, seed: int = 0) -> DeepLab:
-    """A network for 5 classes, with the statistics of batch norm that a trained one might have."""
+    """Return a network for 5 classes, with statistics of batch norm as after training."""
     torch.manual_seed(seed)
     network = DeepLab(5, depth)
     for name, value in network.state_dict().items():
@@ -43,7 +43,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def train_step(network: Segmenter, images: Tensor) -> float:
-    """The loss before a step of training."""
+    """Return the loss before a step of training."""
     network.train()
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(network.parameters(), 0.01)

@@ -25,7 +25,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of three small validation images."""
+    """Return a target of three small validation images."""
     root = tmp_path_factory.mktemp("pair")
     _, folder = write_synthetic_pair(
         root, seed=0, source_images=1, target_images=1, val_images=3, height=48
@@ -99,7 +99,7 @@ class Scripted(Segmenter):
     feature_dim = 1
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Six classes at stride 4."""
+        """Return six classes at stride 4."""
         small = images[:, :, ::4, ::4]
         return small[:, :1], 5 * torch.cat([small, small.flip(1).cumsum(3)], dim=1)
 

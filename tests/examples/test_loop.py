@@ -21,15 +21,15 @@ class Points:
     """Thirteen samples of two numbers."""
 
     def __len__(self) -> int:
-        """Thirteen."""
+        """Return the number of samples, 13."""
         return 13
 
     def read(self, index: int, generator: torch.Generator | None = None) -> Tensor:
-        """One of them."""
+        """Return one sample."""
         return torch.tensor([1.0, index / 13])
 
     def path(self, index: int) -> Path:
-        """Its name."""
+        """Return its path."""
         return Path(f"{index:02}.png")
 
 
@@ -45,7 +45,7 @@ class Line(Segmenter):
 
 
 def squared(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
-    """A loss with two terms."""
+    """Return a loss with two terms."""
     (points,) = batch
     line = networks["network"]
     assert isinstance(line, Line)
@@ -85,7 +85,7 @@ def trained(phase: Phase, run: Run, **settings: Any) -> Tensor:  # noqa: ANN401
 
 
 def weights_by_hand(iterations: int) -> Iterator[Tensor]:
-    """The same training in a few lines."""
+    """Return the result of the same training in a few lines."""
     line = Line()
     optimizer = torch.optim.SGD(line.parameters(), 0.05, momentum=0.9)
     stream = RandomStream(Points(), (3, 1))
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_files(
 
 
 def weight_is_lost_at(iteration: int) -> Callable[[nn.ModuleDict, Batch], Mapping[str, Term]]:
-    """Losses that are finite when the gradient of one is not."""
+    """Return losses that are finite when the gradient of one is not."""
     calls = 0
 
     def losses(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:

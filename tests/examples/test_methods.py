@@ -33,7 +33,7 @@ class Network(nn.Module):
 
 
 def domain(images: int) -> Domain:
-    """Three classes of their own colors in blocks, and ignored corners."""
+    """Return three classes of their own colors in blocks, and ignored corners."""
     labels = torch.randint(3, (images, 3, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)
     noise = torch.randint(40, (images, 3, *SIZE))
     colors = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]])[labels].movedim(-1, 1)
@@ -61,7 +61,7 @@ def begin_stage_of(method: str) -> Callable[[nn.Module, Data, Options], Objectiv
 
 
 def warm(data: Data) -> Network:
-    """A network that knows the source."""
+    """Return a network that knows the source."""
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), 0.02)
     for _ in range(60):

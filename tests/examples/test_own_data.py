@@ -39,7 +39,7 @@ def write_pair(folder: Path, index: int, size: tuple[int, int], ids: list[int]) 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source without sky, a target of other sizes, and the list of five classes."""
+    """Return a source without sky, a target of other sizes, and the list of five classes."""
     root = tmp_path_factory.mktemp("own")
     for index in range(6):
         write_pair(root / "source", index, (40, 50), [11, 12, 13, 300, 15, 99])

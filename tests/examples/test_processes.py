@@ -41,7 +41,7 @@ Report = dict[str, Any]
 
 
 def arguments_of(folder: Path) -> list[str]:
-    """No randomness within a step, which processes cannot share, and no statistics of a batch."""
+    """Return arguments without randomness in a step and without batch statistics."""
     return [
         *("--source", str(folder / "pair" / "source"), "--output", str(folder / "none")),
         *("--target", str(folder / "pair" / "target"), "--resize", "height:48"),
@@ -58,7 +58,7 @@ def without_dropout(network: nn.Module) -> None:
 
 
 def report_of(folder: Path) -> Report:
-    """Everything that processes have to agree upon, as this process computes it."""
+    """Return all values on which processes have to agree, as computed by this one."""
     settings = parse_settings(arguments_of(folder))
     data = open_data(settings.data, Loading(0))
     network = new_network(settings.network, settings.run.seed, torch.device("cpu"))
@@ -79,7 +79,7 @@ def report_of(folder: Path) -> Report:
 def gradients(
     kind: str, network: nn.Module, stage: Stage, data: Data, settings: StageSettings
 ) -> dict[str, torch.Tensor]:
-    """Of the first step, with the same four images of each domain however many processes."""
+    """Return gradients of the first step, on the same images for any number of processes."""
     torch.manual_seed(0)
     networks = nn.ModuleDict({"network": copy.deepcopy(network)})
     losses: dict[str, loop.Losses] = {
@@ -117,7 +117,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pair of data sets and a network that has learned a little of them."""
+    """Return a pair of data sets and a network that has learned a little of them."""
     root = tmp_path_factory.mktemp("processes")
     write_synthetic_pair(
         root / "pair", seed=0, source_images=11, target_images=5, val_images=3, height=48
@@ -131,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(folder: Path) -> list[Report]:
-    """Of one process, then of each of two."""
+    """Return the reports of one process, then of each of two."""
     torch.save(report_of(folder), folder / "one.pt")
     spawn(rank_main, (folder,), nprocs=2)
     return [torch.load(folder / f"{name}.pt") for name in ("one", "rank0", "rank1")]

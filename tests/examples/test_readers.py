@@ -58,7 +58,7 @@ def _load(path: Path) -> NDArray[np.uint8]:
 
 
 def _pixels(height: int, width: int) -> NDArray[np.uint8]:
-    """Give an image whose red is the column and whose green is the row."""
+    """Return an image whose red is the column and whose green is the row."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([columns, rows, np.full_like(rows, 9)], -1).astype(np.uint8)
 
@@ -600,7 +600,7 @@ def test_one_other_pixel_is_other_content(tmp_path: Path, suffix: str) -> None:
 
 @pytest.fixture
 def own(gta5: Path) -> Path:
-    """Jpg photographs of several sizes beside png masks, and a list of two classes."""
+    """Write JPEGs of several sizes beside PNG masks, and a list of two classes."""
     shutil.rmtree(gta5)
     for index in range(5):
         _save(
@@ -834,7 +834,7 @@ def test_synthia_unknown_id(synthia: Path, unknown: int) -> None:
 
 
 def _one(tmp_path: Path, height: int, width: int, transform: ResizeAndCrop) -> LabeledImages:
-    """Give a data set of one pair whose label is the column's sixth: train ids 0 to 5."""
+    """Return a data set of one pair whose label is the column's sixth: train ids 0 to 5."""
     raw_of = np.array([7, 8, 11, 12, 13, 17], np.uint8)
     raw = raw_of[np.arange(width) * 6 // width][None].repeat(height, 0)
     label = _save(tmp_path / "label.png", raw)

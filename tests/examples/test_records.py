@@ -17,7 +17,7 @@ from anchorda import ConfusionMatrix, PseudoLabelQuality
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows."""
+    """Return the scalars that TensorBoard shows."""
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}

@@ -1,4 +1,4 @@
-"""What a person reads: the exact table, the colors in the pictures, and no half-written file."""
+"""The report: the exact table, the colors in the pictures, and no half-written file."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def margins(*right: float) -> ScoreCalibrator:
-    """Road, with margins 1, 2, 3, … of which these are right; nothing of any other class."""
+    """Return margins 1, 2, 3, … of road, of which these are right, and of no other class."""
     calibrator = ScoreCalibrator(NUM_CLASSES)
     road = torch.zeros(len(right), dtype=torch.int64)
     truth = torch.where(torch.tensor(right) > 0, 0, 1)
@@ -90,7 +90,7 @@ each_picture = pytest.mark.parametrize(
 
 
 def confusion(counts: dict[tuple[int, int], int]) -> ConfusionMatrix:
-    """Pixels by truth and prediction."""
+    """Return pixels by truth and prediction."""
     matrix = ConfusionMatrix(NUM_CLASSES)
     for place, count in counts.items():
         matrix.counts[place] = count

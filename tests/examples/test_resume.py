@@ -30,7 +30,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source and a target of a few small images."""
+    """Return a source and a target of a few small images."""
     root = tmp_path_factory.mktemp("pair")
     return write_synthetic_pair(
         root, seed=0, source_images=5, target_images=4, val_images=2, height=48
@@ -57,7 +57,7 @@ def start(pair: tuple[Path, Path], output: Path, *flags: str) -> ForkServerProce
 
 
 def written(output: Path) -> set[tuple[str, int, int]]:
-    """The files of a run, when they were written last, and their sizes."""
+    """Return the files of a run, when they were written last, and their sizes."""
     states = set()
     for path in (output / "metrics.jsonl", *output.glob("checkpoints/*")):
         with contextlib.suppress(FileNotFoundError):  # a temporary file that has been renamed
@@ -67,7 +67,7 @@ def written(output: Path) -> set[tuple[str, int, int]]:
 
 
 def watch(process: ForkServerProcess, output: Path, writes: float) -> int:
-    """How often a run writes, until it is done or has written that often."""
+    """Count how often a run writes, until it is done or has written that often."""
     count, before = 0, written(output)
     while process.exitcode is None and count < writes:
         time.sleep(0.002)
@@ -78,20 +78,20 @@ def watch(process: ForkServerProcess, output: Path, writes: float) -> int:
 
 
 def result_of(output: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """The metrics, and every tensor of every phase's checkpoint."""
+    """Return the metrics, and every tensor of every phase's checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
     for path in (output / "checkpoints").glob("*.pt"):
         if path.name != "unfinished.pt":
             parts = load_checkpoint(path)
             flat = parts["network"] | {"confusion": parts["confusion"]}
-            flat |= parts["held"].get("stage", {}).get("labeler", {})
+            flat |= parts["fixed"].get("stage", {}).get("labeler", {})
             tensors |= {f"{path.name}: {name}": value for name, value in flat.items()}
     return (output / "metrics.jsonl").read_text(), tensors
 
 
 @pytest.fixture(scope="module")
 def whole(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A run without interruption, and how often it writes."""
+    """Return a run without interruption, and how often it writes."""
     output = tmp_path_factory.mktemp("whole") / "run"
     process = start(pair, output)
     writes = watch(process, output, math.inf)

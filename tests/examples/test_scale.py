@@ -61,7 +61,7 @@ def test_a_preset_runs_whole_on_tiny_images(preset: str, tmp_path: Path) -> None
 
 
 def tiny_run(pair: tuple[Path, Path], output: Path, *flags: str) -> Settings:
-    """A warm-up and a stage of two steps each in this process."""
+    """Return a warm-up and a stage of two steps each in this process."""
     output.mkdir()
     arguments = [
         *("--source", str(pair[0]), "--target", str(pair[1]), "--output", str(output)),
@@ -79,7 +79,7 @@ def initial(settings: Settings) -> Segmenter:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source and a target of a few small images."""
+    """Return a source and a target of a few small images."""
     root = tmp_path_factory.mktemp("pair")
     return write_synthetic_pair(
         root, seed=0, source_images=5, target_images=4, val_images=2, height=48
@@ -187,7 +187,7 @@ def test_a_stage_starts_from_the_best_network_of_the_one_before(
     network.load_state_dict(parts["network"])
     again = select(network, data=data)["source"]
     assert again == max(scores)
-    stage = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-1.pt")["held"]["stage"]
+    stage = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-1.pt")["fixed"]["stage"]
     for name, value in parts["network"].items():
         assert torch.equal(stage["labeler"][f"network.{name}"], value)
 

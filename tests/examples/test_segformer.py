@@ -33,7 +33,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole network of 19 classes, as `transformers` saves it."""
+    """Return a whole network of 19 classes, as `transformers` saves it."""
     folder = tmp_path_factory.mktemp("whole")
     torch.manual_seed(1)
     SegformerForSemanticSegmentation(SegformerConfig(num_labels=19)).save_pretrained(folder)
@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageNet classifier, as `transformers` saves it."""
+    """Return an ImageNet classifier, as `transformers` saves it."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(2)
     SegformerForImageClassification(SegformerConfig(num_labels=10)).save_pretrained(folder)

@@ -32,7 +32,7 @@ def write(
     image: str = "jpg",
     labeled: bool = True,
 ) -> NDArray[np.uint8]:
-    """An image whose blocks of color are its classes, and its label."""
+    """Return an image whose blocks of color are its classes, and its label."""
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(sum(map(ord, stem)))
@@ -47,7 +47,7 @@ def write(
 
 @pytest.fixture
 def options(tmp_path: Path) -> Options:
-    """Five classes, ids not from 0, jpg beside png, a target of other sizes; and few steps."""
+    """Return the options of a short run: five classes, jpg beside png, several sizes."""
     for index in range(10):
         write(tmp_path / "source", f"s{index}")
     for index in range(30):

@@ -12,7 +12,7 @@ NAMES = [field.name for group in Settings().groups() for field in dataclasses.fi
 
 
 def said_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What the command line says of flags that are wrong."""
+    """Return the message of the command line for wrong flags."""
     with pytest.raises(SystemExit) as raised:
         parse_settings([*flags, "--device", "cpu"])
     assert raised.value.code == 2

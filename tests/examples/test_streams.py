@@ -1,4 +1,4 @@
-"""What a stream gives depends on seed and number alone, and processes share it."""
+"""A stream depends on seed and number alone, and processes share it."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ class Numbers:
     """Seven samples, each its number and what was drawn for it."""
 
     def __len__(self) -> int:
-        """Seven."""
+        """Return the number of samples, 7."""
         return 7
 
     def read(self, index: int, generator: torch.Generator | None = None) -> Tensor:
-        """The number, and a draw."""
+        """Return the number, and a draw."""
         assert generator is not None
         return torch.tensor([index, int(torch.randint(1 << 30, (), generator=generator))])
 
     def path(self, index: int) -> Path:
-        """A name."""
+        """Return a name."""
         return Path(f"{index}.png")
 
 

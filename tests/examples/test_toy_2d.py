@@ -1,4 +1,4 @@
-"""What the toy promises: better labels stage by stage, a better network, and a picture."""
+"""The promises of the toy: better labels stage by stage, a better network, and a picture."""
 
 import importlib.util
 from pathlib import Path

@@ -33,7 +33,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source and a target of a few small images."""
+    """Return a source and a target of a few small images."""
     root = tmp_path_factory.mktemp("pair")
     return write_synthetic_pair(
         root, seed=0, source_images=5, target_images=4, val_images=2, height=48
@@ -102,7 +102,7 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
     assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
     # A stage's labeler can be had back from its checkpoint alone.
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
-    stage = restore_stage(SmallSegmenter(NUM_CLASSES), parts["held"]["stage"])
+    stage = restore_stage(SmallSegmenter(NUM_CLASSES), parts["fixed"]["stage"])
     assert stage.labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
 
 

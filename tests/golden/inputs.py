@@ -18,7 +18,7 @@ def make_inputs(
     num_classes: int = 19,
     anchors: Array | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Features around anchors, logits that mostly agree with labels, 10 % of these ignored (250).
+    """Return features around anchors, labels of which 10 % are ignored (250), and logits.
 
     Returns ``anchors (C, D)`` float64, ``features (N, D, H, W)`` float32, ``logits (N, C, H, W)``
     float32, ``classes (N, H, W)`` int64 (the class that each feature was drawn from) and ``labels
@@ -44,7 +44,7 @@ def make_inputs(
 
 
 def deterministic_tensor(name: str, shape: tuple[int, ...]) -> Array:
-    """A floating tensor of the network of ``deeplab_resnet101_forward.npz``, made from its name."""
+    """Return a tensor of the network of ``deeplab_resnet101_forward.npz`` by its name."""
     rng = np.random.RandomState(zlib.crc32(name.encode()) % 2**32)
     if name.endswith("running_var"):
         return np.asarray(rng.uniform(0.5, 1.5, shape), np.float32)

@@ -36,6 +36,6 @@ def run_body(page: str, number: int, names: dict[str, Any]) -> Tensor:
 
 
 def code_lines(block: str) -> int:
-    """Lines of a block that are neither blank nor a comment."""
+    """Return lines of a block that are neither blank nor a comment."""
     lines = [line.strip() for line in block.splitlines()]
     return sum(1 for line in lines if line and not line.startswith("#"))

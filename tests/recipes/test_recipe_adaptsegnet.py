@@ -67,7 +67,7 @@ class ResNetMulti(nn.Module):
         self.layer6 = Classifier(DIM)
 
     def features(self, x: Tensor) -> Tensor:
-        """By itself, without a tap."""
+        """Return the features by the layers alone, without a tap."""
         features: Tensor = self.layer4(self.layer3(x))
         return features
 
@@ -121,7 +121,7 @@ def loader(seed: int, labeled: bool, tuples: bool = False) -> data.DataLoader[An
 
 @pytest.fixture
 def stage_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The file of the page, importable under both of its names."""
+    """Return the file of the page, importable under both of its names."""
     return install(monkeypatch)
 
 
@@ -140,7 +140,7 @@ def install(monkeypatch: pytest.MonkeyPatch | None = None) -> ModuleType:
 
 
 def trained(multi_level: bool = True) -> ResNetMulti:
-    """Weights whose running statistics are not those of a batch."""
+    """Return weights whose running statistics are not those of a batch."""
     torch.manual_seed(1)
     model = ResNetMulti(multi_level)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def trained(multi_level: bool = True) -> ResNetMulti:
 
 
 def adaptsegnet() -> SimpleNamespace:
-    """The names in `main`, up to the loop over iterations."""
+    """Return the names in `main`, up to the loop over iterations."""
     n = SimpleNamespace(
         model=ResNetMulti(),
         args=SimpleNamespace(iter_size=2, num_classes=NUM_CLASSES, restore_from="warm_up.pth"),
@@ -215,7 +215,7 @@ def adaptsegnet_steps(n: SimpleNamespace, batches: list[Any]) -> None:
 
 
 def advent(multi_level: bool) -> SimpleNamespace:
-    """The names in `train_advent`, up to the loop over iterations."""
+    """Return the names in `train_advent`, up to the loop over iterations."""
     n = SimpleNamespace(
         model=trained(multi_level).train(),
         num_classes=NUM_CLASSES,
@@ -272,7 +272,7 @@ def small(labels: Tensor) -> Tensor:
 
 
 def anchors_by_hand(model: ResNetMulti, source: Images) -> Array:
-    """Class means of the pixels that the network in train mode calls right."""
+    """Return the class means of the pixels that the network in train mode calls right."""
     model = copy.deepcopy(model).train()
     sums, counts = np.zeros((NUM_CLASSES, DIM)), np.zeros(NUM_CLASSES)
     for image, labels in zip(source.images, source.labels, strict=True):
@@ -291,7 +291,7 @@ def anchors_by_hand(model: ResNetMulti, source: Images) -> Array:
 
 
 def labels_by_hand(features: Tensor, anchors: Array, minimum: Tensor) -> Tensor:
-    """The nearest anchor where it is nearer than the next by a part of that distance."""
+    """Return the nearest anchor where it is nearer than the next by a part of that distance."""
     x = features[0].detach().double().numpy()
     labels = torch.full((1, 5, 7), 255)
     for i, j in np.ndindex(5, 7):
@@ -306,7 +306,7 @@ def labels_by_hand(features: Tensor, anchors: Array, minimum: Tensor) -> Tensor:
 
 
 def pull(features: Tensor, labels: Tensor, anchors: Array) -> Tensor:
-    """The mean of Huber terms over the pixels of seen classes and over the channels."""
+    """Return the mean of Huber terms over the pixels of seen classes and over the channels."""
     rows = torch.from_numpy(anchors).float()
     seen = torch.zeros(256, dtype=torch.bool)
     seen[:NUM_CLASSES] = rows.isfinite().all(dim=1)
@@ -318,7 +318,7 @@ def pull(features: Tensor, labels: Tensor, anchors: Array) -> Tensor:
 def by_hand(
     model: ResNetMulti, batches: list[Any], n: SimpleNamespace, width: int
 ) -> list[dict[str, Tensor]]:
-    """Every loss of an iteration, of plain torch, and its gradients in ``model``."""
+    """Return every loss of an iteration, of plain torch, and its gradients in ``model``."""
     frozen, minimum = copy.deepcopy(model).train(), n.stage.labeler.min_margin
     anchors = anchors_by_hand(model, n.trainloader.dataset)
     parts = []

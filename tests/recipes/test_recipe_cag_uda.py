@@ -48,7 +48,7 @@ class CustomModel:
 
 
 def draw_source(model: CustomModel) -> tuple[Tensor, Tensor]:
-    """Most pixels labeled as the frozen network predicts, some otherwise, some ignored."""
+    """Return images whose labels mostly agree with the frozen network; some are ignored."""
     images = torch.randn(2, 3, 64, 96)
     predicted = model.PredNet_Forward(images)[3].argmax(dim=1)
     labels = predicted.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
@@ -76,7 +76,7 @@ def small(labels: Tensor) -> Tensor:
 
 
 def by_hand(names: dict[str, Any]) -> Array:
-    """Of every image the means of classes of ten pixels; of those the mean."""
+    """Return the means over images of the means of classes of at least ten pixels."""
     batches = []
     for images, labels in names["source_train_loader"]:
         _, _, features, logits = names["model"].PredNet_Forward(images)

@@ -22,7 +22,7 @@ TEXT = (RECIPES / PAGE).read_text(encoding="utf-8")
 
 
 def prototypes() -> Tensor:
-    """Three classes, and one that was never seen: zeros, as all of these codes begin."""
+    """Return three classes, and one that was never seen: zeros, as all of these codes begin."""
     vectors = torch.randn(NUM_CLASSES, DIM)
     vectors[2] = 0
     return vectors

@@ -68,7 +68,7 @@ class Segmentor(nn.Module):
         )
 
     def head(self) -> DAFormerHead:
-        """The head that ends in the classifier."""
+        """Return the head that ends in the classifier."""
         head = self.decode_head
         return head.head if isinstance(head, HRDAHead) else head
 
@@ -202,7 +202,7 @@ class Codebase(NamedTuple):
     rows: list[tuple[str, str, str]]
 
     def edits(self, place: int) -> dict[str, str]:
-        """The replacements in the lines of that number."""
+        """Return the replacements in the lines of that number."""
         pairs = {}
         for old, only_in, new in self.rows:
             if not only_in or int(only_in) == place:
@@ -235,7 +235,7 @@ CODEBASES = {
 
 
 def draw_labels() -> Tensor:
-    """Patches of 8 × 8, so that cells of stride 4 and 8 have a majority; some ignored."""
+    """Return patches of 8 × 8, so that cells of stride 4 and 8 have a majority; some ignored."""
     patches = torch.randint(NUM_CLASSES, (2, 1, SIZE // 8, SIZE // 8))
     patches[torch.rand(patches.shape) < 0.1] = 255
     labels = patches.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
@@ -263,7 +263,7 @@ def make(codebase: str) -> DACS:
 
 
 def train(uda: DACS, steps: int = 2) -> list[Step]:
-    """Steps of SGD, in train mode throughout."""
+    """Return steps of SGD, in train mode throughout."""
     optimizer, done = torch.optim.SGD(uda.model.parameters(), lr=0.05), []
     uda.train()
     metas: Metas = [{}, {}]
@@ -291,13 +291,13 @@ def majority(labels: Tensor, size: Sequence[int]) -> Labels:
 
 
 def of(step: Step, model: str, number: int, codebase: str) -> Tensor:
-    """Features of a run of that model: of the head's only call, or of the first of two."""
+    """Return features of a run of that model: of the head's only call, or of the first of two."""
     calls = [call.features for call in step.calls if call.model == model]
     return calls[number if codebase == "DAFormer" else 2 * number]
 
 
 def anchors_by_hand(steps: Sequence[Step], codebase: str) -> Array:
-    """The moving average of the teacher's source features, from what its layer returned."""
+    """Return the moving average of the teacher's source features, from what its layer returned."""
     batches = []
     for step in steps:
         features = of(step, "teacher", 0, codebase)
@@ -472,7 +472,7 @@ def build_dataloader(
     dist: bool = True,
     shuffle: bool = True,
 ) -> Iterator[dict[str, DataContainer]]:
-    """With the defaults of mmseg's: distributed and shuffled unless told otherwise."""
+    """Return a loader with mmseg's defaults: distributed and shuffled."""
     assert not dist
     order = torch.randperm(len(dataset)).tolist() if shuffle else range(len(dataset))
     for first in range(0, len(dataset), samples_per_gpu):

@@ -43,14 +43,14 @@ class Network(nn.Module):
 
 
 def draw_source(rank: int) -> Batches:
-    """The share of a rank, drawn the same in any process; class 3 is on rank 1 alone."""
+    """Return the share of a rank, drawn the same in any process; class 3 is on rank 1 alone."""
     torch.manual_seed(10 + rank)
     labels = torch.tensor([0, 1, 2, 3 if rank == 1 else 255, 255])
     return [(torch.randn(2, 3, 8, 6), labels[torch.randint(5, (2, 8, 6))]) for _ in range(2)]
 
 
 def make(name: str, source: Batches) -> Any:  # noqa: ANN401
-    """`Adaptation` or `MovingAdaptation` of the page, with a network of one seed."""
+    """Return `Adaptation` or `MovingAdaptation` of the page, with a network of one seed."""
     names: dict[str, Any] = {}
     run_block(PAGE, 0, names)
     run_block(PAGE, 1, names)
@@ -60,7 +60,7 @@ def make(name: str, source: Batches) -> Any:  # noqa: ANN401
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the advice that Lightning gives as warnings, such as on more workers."""
+    """Return a trainer without Lightning's advice as warnings, such as on more workers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -91,7 +91,7 @@ def fit(module: Any, source: Batches, epochs: int = 1, **options: Any) -> None: 
 
 
 def record_losses(module: Any) -> list[float]:  # noqa: ANN401
-    """Results of `training_step` from now on."""
+    """Return results of `training_step` from now on."""
     losses, step = list[float](), module.training_step
 
     def recorded(batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -118,7 +118,7 @@ def by_hand(network: Network, source: Batches) -> Array:
 def step_by_hand(
     network: Network, frozen: Network | None, batch: tuple[Tensor, Tensor], anchors: Array
 ) -> float:
-    """The loss of a step whose labels come from the frozen network, or from the one in training."""
+    """Return the loss of a step with labels of the frozen or of the trained network."""
     images, labels = batch
     total, ones = 0.0, [1.0] * NUM_CLASSES
     for domain, small in ((images, resized(labels)), (images.flip(0), None)):

@@ -41,7 +41,7 @@ class Sample:
             self.gt_sem_seg = PixelData(labels.unsqueeze(0))
 
     def __contains__(self, name: str) -> bool:
-        """As mmengine's elements do."""
+        """Return True for a field that is set, as mmengine's elements do."""
         return name in vars(self)
 
 
@@ -52,7 +52,7 @@ class Preprocessor:
     """`SegDataPreProcessor`: a list of uint8 images to a normalized batch."""
 
     def __call__(self, data: Batch, training: bool = False) -> Batch:
-        """The batch that the network gets."""
+        """Return the batch that the network gets."""
         assert training
         inputs = torch.stack([image.float() for image in data["inputs"]]) / 64 - 2
         return {"inputs": inputs, "data_samples": data["data_samples"]}
@@ -151,7 +151,7 @@ class Hook:
 
 
 def draw_source(count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """Images whose brightness is their class, in patches of 4 × 4 or 8 × 8."""
+    """Return images whose brightness is their class, in patches of 4 × 4 or 8 × 8."""
     items: list[tuple[Tensor, Tensor | None]] = []
     for _ in range(count):
         labels = torch.randint(NUM_CLASSES - 1, (4, 4)).repeat_interleave(4, 0)
@@ -212,7 +212,7 @@ class Setting:
         self.runner = Runner(Wrapper(model))
 
     def begin_stage(self) -> Any:  # noqa: ANN401
-        """Objects that the hook makes at its first iteration."""
+        """Return objects that the hook makes at its first iteration."""
         self.runner.iter = 3
         self.hook.before_train_iter(self.runner, 0, None)
         return self.model.stage[0]
@@ -224,7 +224,7 @@ def setting() -> Setting:
 
 
 def frozen_features(model: EncoderDecoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """By hand, in evaluation mode, from images as the preprocessor makes them."""
+    """Return features by hand, in evaluation mode, of preprocessed images."""
     head = copy.deepcopy(model).eval().decode_head
     with torch.no_grad():
         features = head.fusion_conv(model.backbone(images.float() / 64 - 2))

@@ -105,7 +105,7 @@ def test_torchvision() -> None:
     run_block(PAGE, 0, names)
 
     def features_of(images: Tensor) -> Tensor:
-        """By hand, in evaluation mode."""
+        """Return the features by hand, in evaluation mode."""
         features: Tensor = frozen.classifier[:2](frozen.backbone(images))
         return features
 
@@ -177,7 +177,7 @@ def segformer_config() -> Any:  # noqa: ANN401
 
 
 def segformer_anchors(network: Any, source: Batches) -> tuple[Array, list[Tensor]]:  # noqa: ANN401
-    """By hand, in evaluation mode: anchors, and where further features are recorded."""
+    """Return anchors by hand in evaluation mode, and the list of recorded features."""
     received = list[Tensor]()
     network.decode_head.dropout.register_forward_hook(lambda _, args, __: received.append(args[0]))
     kept = []

@@ -66,7 +66,7 @@ class CustomModel:
         self.BaseOpti = torch.optim.SGD(self.BaseNet.parameters(), lr=0.1)
 
     def full2weak(self, feat: Tensor, params: list[tuple[int, int, bool]]) -> Tensor:
-        """The weak view's crop of the features of whole images, at a quarter of its size."""
+        """Return the weak view's crop of the features of whole images, at a quarter of its size."""
         views = []
         for image, (top, left, flipped) in zip(feat, params, strict=True):
             view = image[:, top // 4 :, left // 4 :][:, : CROP[0] // 4, : CROP[1] // 4]
@@ -76,7 +76,7 @@ class CustomModel:
     def label_strong_T(  # noqa: N802
         self, label: Tensor, params: list[tuple[bool, int]], padding: int, scale: int = 1
     ) -> Tensor:
-        """The strong view of a map: flipped, shifted, with a hole; from outside, padding."""
+        """Return the strong view of a map: flipped, shifted, with a hole; from outside, padding."""
         views = []
         for image, (flipped, shift) in zip(label, params, strict=True):
             view = image.flip(-1) if flipped else image
@@ -89,7 +89,7 @@ class CustomModel:
 
 
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """To another size, bilinear with aligned corners, as everywhere in that code."""
+    """Resize bilinearly with aligned corners, as everywhere in that code."""
     return F.interpolate(maps, list(size), mode="bilinear", align_corners=True)
 
 
@@ -136,13 +136,13 @@ def move_teacher(model: CustomModel) -> None:
 
 
 def distances(feat: Tensor, prototypes: Tensor) -> Tensor:
-    """To each prototype (N, C, h, w), infinite where there is none."""
+    """Return distances to each prototype (N, C, h, w), infinite where there is none."""
     found = (feat.unsqueeze(1) - prototypes.nan_to_num()[:, :, None, None]).norm(dim=2)
     return torch.where(prototypes.isnan().any(dim=1)[:, None, None], torch.inf, found)
 
 
 def step_by_hand(n: SimpleNamespace, model: CustomModel, prototypes: Tensor) -> dict[str, Any]:
-    """The same by the equations of the paper's code, with its networks called in its order."""
+    """Return a step by the equations of the paper's code, with its networks in its order."""
     out = model.BaseNet(n.source_x)["out"]
     source = F.cross_entropy(enlarge(out, n.source_x.shape[2:]), n.source_label, ignore_index=250)
     model.BaseNet_ema.train()
@@ -197,7 +197,7 @@ def step_by_hand(n: SimpleNamespace, model: CustomModel, prototypes: Tensor) -> 
 
 
 def draw_step() -> dict[str, Any]:
-    """The arguments of a step; the weak view is a crop of the image, the strong one of that."""
+    """Return the arguments of a step; the weak view is a crop, the strong one made of it."""
     full = torch.randn(2, 3, *FULL).cumsum(dim=3) / 4
     crops = [(16, 8, True), (0, 32, False)]
     weak = [
@@ -218,7 +218,7 @@ def draw_step() -> dict[str, Any]:
 
 @pytest.fixture
 def prototypes() -> Tensor:
-    """In the midst of the features; one class has none, and is a row of zeros in their file."""
+    """Return prototypes among the features; one class has none: zeros in their file."""
     torch.manual_seed(1)
     drawn = 0.4 * torch.randn(NUM_CLASSES, DIM)
     drawn[UNSEEN] = 0
@@ -227,7 +227,7 @@ def prototypes() -> Tensor:
 
 @pytest.fixture
 def n(prototypes: Tensor, tmp_path: Path) -> SimpleNamespace:
-    """The model as `train.py` makes it, with the anchors of a file that ProDA wrote."""
+    """Return the model as `train.py` makes it, with the anchors of a file that ProDA wrote."""
     model = CustomModel()
     torch.save(prototypes, tmp_path / "prototypes_on_cityscapes_from_deeplabv2")
     train = SimpleNamespace(
@@ -309,7 +309,7 @@ def test_without_the_symmetric_loss(n: SimpleNamespace) -> None:
 
 
 def vectors_by_hand(outputs: list[tuple[Tensor, Tensor]], min_pixels: int) -> Array:
-    """A running mean over the images' means of the pixels of each class."""
+    """Return a running mean over the images' means of the pixels of each class."""
     means, numbers = np.zeros((NUM_CLASSES, DIM)), np.zeros(NUM_CLASSES)
     for feats, labels in outputs:
         for feat, label in zip(feats.double().numpy(), labels.numpy(), strict=True):

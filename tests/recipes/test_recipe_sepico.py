@@ -85,7 +85,7 @@ class Projector(nn.Module):
 
 
 class Contrast(NamedTuple):
-    """What a contrast was called with, and its value."""
+    """Arguments and value of a call of a contrast."""
 
     feat: Tensor
     mask: Tensor
@@ -118,7 +118,7 @@ class SePiCo(nn.Module):
     def contrast(
         self, img: Tensor, mask: Tensor, mean: Tensor, covariance: Tensor, weight: Tensor | None
     ) -> Tensor:
-        """`forward_train` of mode "aux"."""
+        """Run `forward_train` of mode "aux"."""
         feat = self.model.extract_auxiliary_feat(img)
         loss, names = contrast(self.block, feat, mask, mean, covariance, weight)
         self.contrasts.append(Contrast(feat, mask, weight, loss, names))
@@ -173,7 +173,7 @@ def contrast(
     weight: Tensor | None = None,
     edits: dict[str, str] | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """`proto_contrastive` or `dist_contrastive`: what their lines are given, and what they give."""
+    """Return arguments and value of `proto_contrastive` or `dist_contrastive`."""
     names: dict[str, Any] = {
         "feat": feat,
         "mask": mask,
@@ -195,7 +195,7 @@ def contrast(
 
 
 def draw_labels(classes: int = NUM_CLASSES - 1) -> Tensor:
-    """Patches of 8 × 8, so that cells of stride 4 have a majority; some ignored."""
+    """Return patches of 8 × 8, so that cells of stride 4 have a majority; some ignored."""
     patches = torch.randint(classes, (2, 1, SIZE // 8, SIZE // 8))
     patches[torch.rand(patches.shape) < 0.1] = 255
     labels = patches.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
@@ -211,7 +211,7 @@ def majority(labels: Tensor, size: Sequence[int]) -> Labels:
 
 
 def statistics(batches: Sequence[tuple[Array, Labels]]) -> Statistics:
-    """Means and population variances of each class, NaN where unseen."""
+    """Return means and population variances of each class, NaN where unseen."""
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     means = np.full((NUM_CLASSES, x.shape[1]), math.nan)
     variances = means.copy()
@@ -223,7 +223,7 @@ def statistics(batches: Sequence[tuple[Array, Labels]]) -> Statistics:
 def loss_by_hand(
     x: Array, y: Labels, moments: Statistics, block: int, weights: Array | None = None
 ) -> float:
-    """The mean over labeled pixels, over seen classes alone, of the loss of that block."""
+    """Return the mean over labeled pixels, over seen classes alone, of the loss of that block."""
     means, variances = moments
     seen = [k for k in range(NUM_CLASSES) if np.isfinite(means[k]).all()]
     losses = []
@@ -318,7 +318,7 @@ def test_the_majority_has_the_setting_s_ratio(monkeypatch: pytest.MonkeyPatch) -
 def test_losses_are_the_code_s(
     block: int, name: str, golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all classes are seen; with the regularizer that follows the lines in the code."""
+    """All classes are seen; the regularizer that follows the lines in the code is included."""
     stored = np.load(golden / "peers" / "sepico.npz")
     scalars = dict(zip(stored["scalar_names"], stored["scalars"], strict=True))
     monkeypatch.setattr(f"{__name__}.TEMPERATURE", scalars["loss.temperature"])
@@ -337,7 +337,7 @@ def test_losses_are_the_code_s(
 
 
 def proto_reg(feat: Tensor, mean: Tensor) -> Tensor:
-    """The regularizer that the code adds, of the features (n, D) of labeled pixels."""
+    """Return the regularizer that the code adds, of the features (n, D) of labeled pixels."""
     scores = feat.mean(dim=0, keepdim=True) @ mean.T / TEMPERATURE
     return scores.log_softmax(dim=1).sum() / (len(mean) * math.log(len(mean)))
 
@@ -366,7 +366,7 @@ def test_an_unseen_class_is_left_out_or_a_zero_as_in_the_code(block: int) -> Non
 
 
 def test_a_masked_softmax_would_be_infinite_for_an_unseen_label() -> None:
-    """What the page says of −∞."""
+    """The page's remark on −∞."""
     scores = torch.tensor([[1.0, -math.inf]])
     assert F.cross_entropy(scores, torch.tensor([1])).item() == math.inf
 
@@ -439,7 +439,7 @@ def test_a_labeling_pass() -> None:
 
 
 def test_a_short_anchor_wins_what_resembles_nothing() -> None:
-    """Why anchors are normalized for labels by distance, in the plane."""
+    """The reason to normalize anchors for labels by distance, in the plane."""
     raw = torch.tensor([[1.0, 0.0], [0.0, 0.1]])  # The second class scatters.
     centroids = F.normalize(raw, dim=1)
     feature = F.normalize(torch.tensor([[-0.5, -1.0]]), dim=1)  # Least like the second.

@@ -55,7 +55,7 @@ class TrainingSettings:
     validation split, as in the released code, whose labels have then been used to choose."""
 
     def iterations(self, of_phase: int) -> int:
-        """The length of a phase under `max_iterations`."""
+        """Return the length of a phase under `max_iterations`."""
         return min(of_phase, self.max_iterations or of_phase)
 
 
@@ -91,14 +91,14 @@ class Phase:
     streams: Sequence[RandomStream[Any]]
     score: Callable[[Segmenter], Mapping[str, float]]
     """mIoU by the values of `TrainingSettings.best_by`."""
-    held: Mapping[str, object] = field(default_factory=dict)
+    fixed: Mapping[str, object] = field(default_factory=dict)
     """Other values that a checkpoint stores to resume the phase."""
 
 
 def make_optimizer(
     network: nn.Module, learning_rate: float, settings: TrainingSettings
 ) -> Optimizer:
-    """The optimizer of a network's trainable weights."""
+    """Return the optimizer of a network's trainable weights."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     decay = settings.weight_decay
     if settings.optimizer == "sgd":
@@ -107,7 +107,7 @@ def make_optimizer(
 
 
 def scheduled(optimizer: Optimizer, iterations: int, rise: float) -> tuple[Optimizer, LRScheduler]:
-    """The optimizer with its schedule: a linear rise, then a fall by (1 − t/T)^0.9."""
+    """Return the optimizer with its schedule: a linear rise, then a fall by (1 − t/T)^0.9."""
 
     def factor(iteration: int) -> float:
         linear = min(1.0, (iteration + 1) / max(1.0, rise * iterations))
@@ -125,7 +125,7 @@ class Objective(nn.Module):
         self._losses = losses
 
     def forward(self, batch: Batch) -> Mapping[str, Term]:
-        """The terms of the loss."""
+        """Return the terms of the loss."""
         return self._losses(self.networks, batch)
 
 
@@ -168,7 +168,7 @@ def train(phase: Phase, settings: TrainingSettings, run: Run) -> None:
 
 
 def _batches(phase: Phase, first: int, run: Run) -> "tqdm[list[Tensor]]":
-    """The batches from number `first` on, on the device, with a progress bar."""
+    """Return the batches from number `first` on, on the device, with a progress bar."""
     loaders = [s.batches(first, phase.iterations, phase.batch, run.loading) for s in phase.streams]
 
     def on_device() -> Iterator[list[Tensor]]:
@@ -184,7 +184,7 @@ def _batches(phase: Phase, first: int, run: Run) -> "tqdm[list[Tensor]]":
 def back_propagate(
     objective: nn.Module, batch: Batch, parts: int, scaler: torch.amp.GradScaler
 ) -> dict[str, Tensor]:
-    """Gradients of the mean over the parts of a batch; the value of each term on this process.
+    """Compute gradients of the mean over the parts of a batch; return this process's terms.
 
     Within a part every term is a mean over the pixels of all processes, as one process with the
     whole part would take it. `DistributedDataParallel` averages gradients over processes however
@@ -273,13 +273,13 @@ class _State:
         parallel.share_buffers(self.network)
 
     def _candidate(self) -> Segmenter:
-        """The network that the phase would end with now."""
+        """Return the network that the phase would end with now."""
         network = self.network if self.teacher is None else self.teacher.module
         assert isinstance(network, Segmenter)
         return network
 
     def plain(self) -> dict[str, object]:
-        """The parts of a checkpoint."""
+        """Return the parts of a checkpoint."""
         return {
             "iteration": self.iteration,
             "networks": self.phase.networks.state_dict(),
@@ -288,7 +288,7 @@ class _State:
             "scaler": self.scaler.state_dict(),
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "best": self.best,
-            "held": dict(self.phase.held),
+            "fixed": dict(self.phase.fixed),
         }
 
     def load(self, parts: Mapping[str, Any]) -> None:
@@ -352,6 +352,6 @@ class _Watch:
 
 
 def flat(samples: Sequence[Any]) -> Iterator[Tensor]:
-    """The tensors of samples, each of which is a tensor or several."""
+    """Yield the tensors of samples, each of which is a tensor or several."""
     for sample in samples:
         yield from (sample,) if isinstance(sample, Tensor) else sample

@@ -41,7 +41,7 @@ class Records:
             self._draw(json.loads(line))
 
     def size(self) -> int:
-        """The size of the metrics in bytes, after they have been flushed to the disk."""
+        """Return the size of the metrics in bytes, after they have been flushed to the disk."""
         if self._folder is None:
             return 0
         with (self._folder / "metrics.jsonl").open("rb") as file:
@@ -111,7 +111,7 @@ def _by_class(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
 
 
 def _or_none(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
 
 

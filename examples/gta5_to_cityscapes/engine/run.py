@@ -78,22 +78,22 @@ class Run:
         return self.settings.output / "checkpoints"
 
     def finished(self, phase: str) -> dict[str, Any] | None:
-        """The checkpoint of a phase that an earlier start of this run has finished."""
+        """Return the checkpoint of a phase that an earlier start of this run has finished."""
         path = self._path(phase)
         return self._load(path) if self.settings.resume and path.is_file() else None
 
     def unfinished(self, phase: str) -> dict[str, Any] | None:
-        """The checkpoint of a phase in which an earlier start of this run was interrupted."""
+        """Return the checkpoint of a phase in which an earlier start was interrupted."""
         path = self.folder / "unfinished.pt"
         if not self.settings.resume or not path.is_file():
             return None
         parts = self._load(path)
         return parts if parts["phase"] == phase else None
 
-    def held(self, phase: str) -> dict[str, Any] | None:
-        """`Phase.held` of a phase that has been begun."""
+    def fixed(self, phase: str) -> dict[str, Any] | None:
+        """Return `Phase.fixed` of a phase that has been begun."""
         parts = self.finished(phase) or self.unfinished(phase)
-        return None if parts is None else parts["held"]
+        return None if parts is None else parts["fixed"]
 
     def finish(self, phase: str, parts: Mapping[str, object]) -> None:
         """Save the checkpoint of a finished phase."""
@@ -110,7 +110,7 @@ class Run:
             parts = load_checkpoint(path)
         except ValueError as error:
             raise ResumeError(f"{error} {fix}") from error
-        missing = [name for name in ("phase", "metrics_size", "held") if name not in parts]
+        missing = [name for name in ("phase", "metrics_size", "fixed") if name not in parts]
         if missing:
             raise ResumeError(f"{path} is no checkpoint of a phase: it lacks {missing}. {fix}")
         return parts

@@ -57,7 +57,7 @@ class NetworkSettings:
 def new_network(
     settings: NetworkSettings, seed: int, device: torch.device, num_classes: int = NUM_CLASSES
 ) -> Segmenter:
-    """The network to begin with, the same for the same seed."""
+    """Return the network to begin with, the same for the same seed."""
     torch.manual_seed(seed)
     network = build_network(settings.network, num_classes)
     load_weights(network, whole=settings.weights, backbone=settings.backbone)
@@ -75,7 +75,7 @@ def new_network(
 
 
 def build_network(name: str, num_classes: int = NUM_CLASSES) -> Segmenter:
-    """One of `NETWORKS`, with weights drawn from torch's global generator.
+    """Return one of `NETWORKS`, with weights drawn from torch's global generator.
 
     Raises:
         ValueError: if there is no such network, or it needs a package that is not installed.

@@ -38,7 +38,7 @@ class DeepLab(Segmenter):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, 256, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
+        """Return features (N, 256, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
         low, high = self.backbone(images)
         features, logits = self.decoder(low, self.aspp(high))
         return features, logits
@@ -119,7 +119,7 @@ class _ResNet(nn.Module):
         self.layer4 = _layer(kind.block, inputs[3], 512, 1, [2, 4, 8][:fourth])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs of the first layer, at stride 4, and of the last, at stride 16."""
+        """Return the outputs of the first layer, at stride 4, and of the last, at stride 16."""
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         low = self.layer1(F.max_pool2d(x, 3, stride=2, padding=1))
         return low, self.layer4(self.layer3(self.layer2(low)))
@@ -189,7 +189,7 @@ def _layer(
 
 
 def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """The projection of a block's input to the shape of its output; empty if the shapes agree."""
+    """Return a projection of a block's input to its output's shape; empty if they agree."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -254,7 +254,7 @@ def _load(module: nn.Module, path: Path, dropped: Sequence[str] = ()) -> None:
 
 
 def _states(content: object, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dict of names and tensors in what a file holds, with the keys that lead to it."""
+    """Yield every dict of names and tensors in what a file holds, with the keys that lead to it."""
     if not isinstance(content, dict):
         return
     if all(isinstance(n, str) and isinstance(v, Tensor) for n, v in content.items()):

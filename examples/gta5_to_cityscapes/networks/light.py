@@ -45,7 +45,7 @@ class LightSegmenter(Segmenter):
         self.classifier = nn.Conv2d(feature_dim, num_classes, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
+        """Return features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
         x = self.normalize(images)
         joined = []
         for part, join in zip(self.encoder, self.join, strict=True):

@@ -57,7 +57,7 @@ class SegFormer(Segmenter):
         self.normalize = ImageNetNormalization()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
+        """Return features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
         hidden = self.encoder(self.normalize(images), output_hidden_states=True).hidden_states
         features = self.decoder(hidden)
         return features, self.classifier(features)
@@ -130,7 +130,7 @@ def _load(module: nn.Module, kind: _Kind, source: str, size: str, allowed: set[s
 def _read(
     kind: _Kind, source: str
 ) -> tuple[SegformerModel | SegformerForSemanticSegmentation, dict[str, set[str]]]:
-    """The network at a source, and how its file differs from what its configuration says."""
+    """Return the network at a source, and how its file differs from what its configuration says."""
     try:
         loaded, report = kind.from_pretrained(
             source,

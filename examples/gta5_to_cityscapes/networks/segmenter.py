@@ -25,18 +25,18 @@ class Segmenter(nn.Module):
     """True if `torch.compile` runs the network; a copy of the network has to be compiled anew."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, D, h, w) and logits (N, C, h, w) of images (N, 3, H, W) in [0, 1]."""
+        """Return features (N, D, h, w) and logits (N, C, h, w) of images (N, 3, H, W) in [0, 1]."""
         raise NotImplementedError
 
 
 def autocast(network: nn.Module, device: torch.device) -> torch.autocast:
-    """The precision of a network, as a context."""
+    """Return the precision of a network, as a context."""
     dtype = torch.float16 if network.precision == "float16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=network.precision != "float32")
 
 
 def segment(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and logits of images, at the precision of the network."""
+    """Return features and logits of images, at the precision of the network."""
     with autocast(network, images.device):
         # Channels last is the layout in which CPUs and tensor cores convolve fastest.
         features, logits = network(images.contiguous(memory_format=torch.channels_last))
@@ -44,7 +44,7 @@ def segment(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enlarge(network: nn.Module, logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Logits (N, C, *size), float32, interpolated to the size of the images."""
+    """Return logits (N, C, *size), float32, interpolated to the size of the images."""
     aligned = bool(network.align_corners)
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=aligned)
 
@@ -61,12 +61,12 @@ class ImageNetNormalization(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The images, centered and scaled channel by channel."""
+        """Return the images, centered and scaled channel by channel."""
         return (images - self.mean) / self.std
 
 
 def weights_error(source: object, differences: dict[str, list[str]]) -> ValueError | None:
-    """The error that lists how weights differ from those of a network, or None if they do not."""
+    """Return an error that lists the differences of weights from a network's, or None."""
     lines = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
     if not lines:
         return None

@@ -36,7 +36,7 @@ class SmallSegmenter(Segmenter):
         self.classifier = nn.Conv2d(feature_dim, num_classes, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
+        """Return features (N, D, H/4, W/4) and logits (N, C, H/4, W/4), sizes rounded up."""
         # Channels last is the layout in which the CPU convolves fastest.
         images = images.contiguous(memory_format=torch.channels_last)
         at4 = self.stride4(images - 0.5)

@@ -59,7 +59,7 @@ nearest_anchors = without_derivative(
 def _labels_by_margin(
     features: Tensor, anchors: Tensor, min_margin: Tensor, relative: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Labels (N, *) int64 and margins (N, *) float32 of `AnchorPseudoLabeler`."""
+    """Return labels (N, *) int64 and margins (N, *) float32 of `AnchorPseudoLabeler`."""
     classes, nearest, second = _nearest_anchors(features, anchors)
     labels, scores = _allocate_labels(features)
 
@@ -102,7 +102,7 @@ majority = without_derivative(
 
 
 def _image_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The class sums of each image alone: (N, C, D) and counts (N, C) int64."""
+    """Return the class sums of each image alone: (N, C, D) and counts (N, C) int64."""
     sums, counts = _allocate_image_sums(features, labels, num_classes)
     for i in range(len(features)):
         image = slice(i, i + 1)
@@ -172,7 +172,7 @@ def _allocate_losses(features: Tensor, *others: object) -> Tensor:
 
 
 def _directional(gradient: Tensor, tangent: Tensor, like: Tensor) -> Tensor:
-    """The sum over the channels of gradient times tangent, (N, D, *) both."""
+    """Return the sum over the channels of gradient times tangent, (N, D, *) both."""
     return (gradient.to(like.dtype) * tangent.to(like.dtype)).sum(dim=1)
 
 

@@ -121,7 +121,7 @@ def share_if_many(
 
 
 def views_of_blocks(pixels: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views (T, K, p) of matrices (N, K, P): at most so many pixels of one image, or images."""
+    """Yield views (T, K, p) of matrices (N, K, P): some pixels of one image, or some images."""
     images, _, of_image = tensors[0].shape
     if images == 0 or of_image == 0:
         return

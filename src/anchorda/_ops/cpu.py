@@ -203,7 +203,7 @@ class _Anchors(NamedTuple):
 
 
 def _about_mean(anchors: Tensor) -> _Anchors:
-    """Anchors (C, D) or (C, M, D) about their mean, which is NaN if no class is seen."""
+    """Return anchors (C, D) or (C, M, D) about their mean, which is NaN if no class is seen."""
     per_class = anchors.shape[1] if anchors.dim() == 3 else 1
     anchors = anchors.flatten(0, -2)
     present = anchors.isfinite().all(dim=1, keepdim=True)
@@ -217,7 +217,7 @@ def _about_mean(anchors: Tensor) -> _Anchors:
 
 
 def _squared_distances(x: Tensor, about: _Anchors, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """‖x − a‖² (T, C, p) to each class and ‖x‖² (T, 1, p) about the mean."""
+    """Return ‖x − a‖² (T, C, p) to each class and ‖x‖² (T, 1, p), both about the mean."""
     tiles, _, pixels = x.shape
     squared = scratch("squared", torch.float32, tiles, len(about.points), pixels)
     squared.copy_(about.squares)
@@ -233,7 +233,7 @@ def _squared_distances(x: Tensor, about: _Anchors, scratch: Scratch) -> tuple[Te
 
 
 def _offsets(x: Tensor, center: Tensor, out: Tensor) -> Tensor:
-    """Offsets (T, D, p) of x from a center (D, 1), written to ``out``."""
+    """Return offsets (T, D, p) of x from a center (D, 1), written to ``out``."""
     if x.dtype == out.dtype:
         return torch.sub(x, center, out=out)
     return out.copy_(x).sub_(center)  # where torch would convert them to new memory first
@@ -250,7 +250,7 @@ def _in_range(squares: Tensor) -> Tensor:
 
 
 def _chosen(doubts: Tensor) -> Iterator[Tensor | None]:
-    """Pixels (T, p) to compute once more: none, those of doubts (T, 1, p), or all, as None."""
+    """Yield the pixels (T, p) to recompute: none, those of doubts (T, 1, p), or None for all."""
     count = int(doubts.count_nonzero())
     if count > _FEW * doubts.numel():
         yield None
@@ -259,7 +259,7 @@ def _chosen(doubts: Tensor) -> Iterator[Tensor | None]:
 
 
 def _at(x: Tensor, chosen: Tensor | None) -> Tensor:
-    """The rows (k, K) of x (T, K, p) at the chosen pixels (T, p), or all of it."""
+    """Return the rows (k, K) of x (T, K, p) at the chosen pixels (T, p), or all of it."""
     return x if chosen is None else x.movedim(1, -1)[chosen]
 
 

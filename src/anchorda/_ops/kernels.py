@@ -109,7 +109,7 @@ def pixel_losses_backward(
 
 
 def nearest_blocks(num_classes: int) -> dict[str, int]:
-    """What `nearest_anchors` is compiled for: tiles that fit registers and shared memory."""
+    """Return the tile sizes of `nearest_anchors` that fit registers and shared memory."""
     classes = _power_of_two(num_classes)
     pixels = 128 if classes <= 32 else 64 if classes <= 128 else 32
     return {
@@ -121,7 +121,7 @@ def nearest_blocks(num_classes: int) -> dict[str, int]:
 
 
 def sums_blocks(num_classes: int) -> dict[str, int]:
-    """What `class_sums` is compiled for: sums of a part of the channels that fit the registers."""
+    """Return the tile sizes of `class_sums`: the sums of so many channels fit the registers."""
     classes = _power_of_two(num_classes)
     return {
         "BLOCK_PIXELS": 64,
@@ -132,12 +132,12 @@ def sums_blocks(num_classes: int) -> dict[str, int]:
 
 
 def _maps(features: Tensor) -> Tensor:
-    """Features as a view (N, D, P), or a RuntimeError if there is none."""
+    """Return a view (N, D, P) of features; raise a RuntimeError if there is none."""
     return features.view(*features.shape[:2], -1)
 
 
 def _as_one_image(*maps: Tensor) -> tuple[Tensor, ...]:
-    """Views (N, D, P) as (1, D, N·P), if in all of them images follow each other as pixels do."""
+    """Return views (N, D, P) as (1, D, N·P) if the stride between images permits that."""
     n, channels, per_image = maps[0].shape
     if n > 1 and per_image > 1 and any(m.stride(0) != per_image * m.stride(2) for m in maps):
         return maps
@@ -149,24 +149,24 @@ def _as_one_image(*maps: Tensor) -> tuple[Tensor, ...]:
 
 
 def _flat(labels: Tensor) -> Tensor:
-    """Labels (P,) int64, neighbors in memory also where they were expanded."""
+    """Return labels (P,) int64, contiguous in memory."""
     return labels.reshape(-1).long().contiguous()
 
 
 def _points(anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors (C·M, D) float32, 0 where absent, and which are present (C·M,)."""
+    """Return anchors (C·M, D) float32, 0 where absent, and which are present (C·M,)."""
     anchors = anchors.flatten(0, -2)
     seen = anchors.isfinite().all(dim=1)
     return torch.where(seen[:, None], anchors, 0.0).float().contiguous(), seen
 
 
 def _of_class(anchors: Tensor) -> int:
-    """M of anchors (C, D) or (C, M, D)."""
+    """Return M of anchors (C, D) or (C, M, D)."""
     return anchors.shape[1] if anchors.dim() == 3 else 1
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU, which need not be that of the tensors."""
+    """Return a context in which the GPU of a tensor is current, as Triton launches on that one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

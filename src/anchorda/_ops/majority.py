@@ -17,7 +17,7 @@ _FEW = 32
 
 
 def majority(labels: Tensor, size: Sequence[int], min_ratio: float, ignore_index: int) -> Tensor:
-    """Labels (N, *size), ``ignore_index`` where the largest share is below ``min_ratio``."""
+    """Return labels (N, *size), ``ignore_index`` where the largest share is below ``min_ratio``."""
     result = labels.new_empty(labels.shape[0], *size)
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
         labels = labels.long()  # Not all operators know unsigned dtypes.
@@ -37,7 +37,7 @@ def majority(labels: Tensor, size: Sequence[int], min_ratio: float, ignore_index
 
 
 def _axis(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels (new, K) along one dimension of each cell, and which of the K are in it."""
+    """Return pixels (new, K) along one dimension of each cell, and which of the K are in it."""
     widest = old // new if old % new == 0 else old // new + 2
     cell = torch.arange(new, device=device)[:, None]
     pixels = cell * old // new + torch.arange(widest, device=device)
@@ -47,7 +47,7 @@ def _axis(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def _gather(
     labels: Tensor, axes: Sequence[tuple[Tensor, Tensor]], offset: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The pixel at one position inside of every cell, and where that position is in the cell."""
+    """Return the pixel at one position of every cell, and where that position is in the cell."""
     inside = torch.ones((), dtype=torch.bool, device=labels.device)
     for dim, ((pixels, within), k) in enumerate(zip(axes, offset, strict=True)):
         labels = labels.index_select(dim, pixels[:, k])
@@ -56,7 +56,7 @@ def _gather(
 
 
 def _count_pairs(maps: Sequence[Tensor], inside: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The most frequent label of each cell, the smallest of several, and its count."""
+    """Return the most frequent label of each cell, the smallest of several, and its count."""
     counts = [mask.to(torch.uint8) for mask in inside]
     for (i, first), (j, second) in itertools.combinations(enumerate(maps), 2):
         equal = (first == second) & inside[i] & inside[j]
@@ -70,7 +70,7 @@ def _count_pairs(maps: Sequence[Tensor], inside: Sequence[Tensor]) -> tuple[Tens
 
 
 def _count_sorted(maps: Sequence[Tensor], inside: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same of cells with many pixels."""
+    """Return the same as `_count_pairs`, faster for cells with many pixels."""
     labels, order = torch.stack(list(maps), dim=-1).sort(dim=-1)
     within = torch.stack([m.expand_as(maps[0]) for m in inside], dim=-1).gather(-1, order)
     # Equal labels form runs; pixels outside of the cell do not count.

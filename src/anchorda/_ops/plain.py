@@ -31,7 +31,7 @@ def _new_map(features: Tensor, channels: int) -> Tensor:
 
 
 def _directional(gradient: Tensor, tangent: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the channels of gradient times tangent, (N, D, *) both."""
+    """Return the sum over the channels of gradient times tangent, (N, D, *) both."""
     return (gradient.to(dtype) * tangent.to(dtype)).sum(dim=1)
 
 
@@ -39,7 +39,7 @@ def _directional(gradient: Tensor, tangent: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _quadratic_forms(features: Tensor, linear: Tensor, squared: Tensor) -> Tensor:
-    """Values (N, K, *) of K functions ``Σ_d l_kd · x_d + q_kd · x_d²``; differentiable in x.
+    """Return values (N, K, *) of K functions ``Σ_d l_kd · x_d + q_kd · x_d²``; differentiable in x.
 
     ``linear`` is (K, D). ``squared`` is (J, D) with J ≤ K and belongs to the last J functions, so
     that products alone, J = 0, do not pay for squares.
@@ -66,7 +66,7 @@ def _quadratic_forms(features: Tensor, linear: Tensor, squared: Tensor) -> Tenso
 def _quadratic_forms_backward(
     grad_forms: Tensor, features: Tensor, linear: Tensor, squared: Tensor
 ) -> Tensor:
-    """Sum over the functions of ``grad · (l + 2 q · x)``, 0 where all of a pixel's ``grad`` are."""
+    """Return the sum of ``grad · (l + 2 q · x)``, 0 where all of a pixel's ``grad`` are 0."""
     maps, dtype, grad = matrices(features), result_dtype(features), new_gradient(features)
     linear, squared = linear.T.to(dtype), 2 * squared.T.to(dtype)
 
@@ -132,7 +132,7 @@ quadratic_forms = with_derivative(_quadratic_forms_operator, _QuadraticForms)
 
 
 def _map_distances(features: Tensor, reference: Tensor) -> Tensor:
-    """‖x − r‖ (N, *) of two maps (N, D, *), pixel by pixel; differentiable in the first."""
+    """Return ‖x − r‖ (N, *) of the pixels of two maps (N, D, *); differentiable in the first."""
     maps, others, dtype = matrices(features), matrices(reference), result_dtype(features)
     distances = _new_map(features, 1)
 
@@ -150,7 +150,7 @@ def _map_distances(features: Tensor, reference: Tensor) -> Tensor:
 def _map_distances_backward(
     grad_distances: Tensor, distances: Tensor, features: Tensor, reference: Tensor
 ) -> Tensor:
-    """``grad · (x − r) / ‖x − r‖``, 0 where x = r or ``grad`` is 0."""
+    """Return ``grad · (x − r) / ‖x − r‖``, 0 where x = r or ``grad`` is 0."""
     maps, others, dtype = matrices(features), matrices(reference), result_dtype(features)
     grad = new_gradient(features)
 
@@ -208,7 +208,7 @@ map_distances = with_derivative(_map_distances_operator, _MapDistances)
 
 
 def _soft_class_sums(features: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (C, D) of p · x and totals (C,) of p, over the pixels where both are finite."""
+    """Return sums (C, D) of p · x and totals (C,) of p, over the pixels where both are finite."""
     maps, memberships, dtype = matrices(features), matrices(probabilities), wide_dtype(features)
     num_classes, scratch = probabilities.shape[1], Scratch(features.device)
     sums = torch.zeros(num_classes, features.shape[1], dtype=dtype, device=features.device)
@@ -240,7 +240,7 @@ soft_class_sums = without_derivative(
 
 
 def _scatter(features: Tensor, labels: Tensor, means: Tensor, shared: bool) -> Tensor:
-    """Sums of (x − m_y)(x − m_y)ᵀ over the finite pixels with a label in [0, C).
+    """Return sums of (x − m_y)(x − m_y)ᵀ over the finite pixels with a label in [0, C).
 
     With ``shared`` (D, D) over all classes; else the diagonal (C, D) of each.
     """

@@ -50,7 +50,7 @@ class Anchors(NamedTuple):
 
 
 def anchor_rows(anchors: Tensor, dtype: torch.dtype) -> Anchors:
-    """Anchors (C, D) or (C, M, D) as rows in a dtype."""
+    """Return anchors (C, D) or (C, M, D) as rows in a dtype."""
     rows = anchors.flatten(0, -2)
     present = rows.isfinite().all(dim=1, keepdim=True)
     points = torch.where(present, rows, 0.0).to(dtype)
@@ -59,7 +59,7 @@ def anchor_rows(anchors: Tensor, dtype: torch.dtype) -> Anchors:
 
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sums (C, D) float64 and counts (C,) int64 of the finite features of each class."""
+    """Return sums (C, D) float64 and counts (C,) int64 of the finite features of each class."""
     maps, dtype, device = matrices(features), wide_dtype(features), features.device
     # The last row is of no class.
     sums = torch.zeros(num_classes + 1, features.shape[1], dtype=dtype, device=device)
@@ -83,7 +83,7 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
 
 
 def image_sums_backward(grad_sums: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """Each pixel that was summed receives the gradient of its sum in (N, C, D)."""
+    """Return the gradient of features: each summed pixel receives that of its sum (N, C, D)."""
     grad, num_classes = new_gradient(features), grad_sums.shape[1]
     part = pixels_of_part(features, wide_dtype(features))
 
@@ -105,7 +105,7 @@ def image_sums_backward(grad_sums: Tensor, features: Tensor, labels: Tensor) -> 
 
 
 def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
-    """Euclidean distances (N, C, *): infinite to unseen classes, else NaN for non-finite pixels."""
+    """Return distances (N, C, *): infinite to unseen classes, else NaN for non-finite pixels."""
     rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
     distances = _new_distances(features, anchors)
     unseen = (
@@ -126,7 +126,7 @@ def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
 def anchor_distances_backward(
     grad_distances: Tensor, distances: Tensor, features: Tensor, anchors: Tensor
 ) -> Tensor:
-    """Sum over the classes of ``grad · (x − a) / ‖x − a‖``, 0 where x = a."""
+    """Return the sum over the classes of ``grad · (x − a) / ‖x − a‖``, 0 where x = a."""
     rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
     grad, dtype = new_gradient(features), rows.points.dtype
 
@@ -141,7 +141,7 @@ def anchor_distances_backward(
 
 
 def nearest_anchors(features: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearest class (N, *) int32, and the distances to it and to the runner-up.
+    """Return the nearest class (N, *) int32, and the distances to it and to the runner-up.
 
     Of equally near classes the first wins; equal is what the returned dtype cannot tell apart.
     Where nothing can win (a feature that is not finite, or farther than that dtype reaches, or no
@@ -176,7 +176,7 @@ def labels_of(
     relative: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Labels int64 and margins float32 from the results of `nearest_anchors`."""
+    """Return labels int64 and margins float32 from the results of `nearest_anchors`."""
     margins = second - nearest
     if relative:
         margins = torch.where(second > 0, 1 - nearest / second, 0.0)
@@ -186,7 +186,7 @@ def labels_of(
 def active_labels(
     classes: Tensor, scores: Tensor, minimum: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Labels where a class (−1 for none) has a score above its minimum, () or (C,); and scores."""
+    """Return labels where the score of a class (−1 for none) exceeds its minimum; and scores."""
     classes = classes.long()
     labeled = classes >= 0
     scores = torch.where(labeled, scores, 0.0).float()
@@ -195,7 +195,7 @@ def active_labels(
 
 
 def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
-    """The distance (N, *) of each pixel to the nearest anchor of its label, 0 if it is negative."""
+    """Return the distance (N, *) to the nearest anchor of the label, 0 for negative labels."""
     rows = anchor_rows(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
     losses = features.new_empty(labels.shape, dtype=result_dtype(features))
     maps, part = matrices(features), pixels_of_part(features, rows.points.dtype)
@@ -218,7 +218,7 @@ def pixel_losses_backward(
     anchors: Tensor,
     distance: str,
 ) -> Tensor:
-    """The gradient of `pixel_losses`; the Euclidean one is 0 where x = a."""
+    """Return the gradient of `pixel_losses`; the Euclidean one is 0 where x = a."""
     rows = anchor_rows(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
     grad, maps = new_gradient(features), matrices(features)
     part = pixels_of_part(maps, rows.points.dtype)
@@ -247,7 +247,7 @@ def pixel_losses_backward(
 def contrastive_losses(
     features: Tensor, labels: Tensor, anchors: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N, *) of the softmax over −distance / temperature, 0 for negative labels.
+    """Return the cross-entropy (N, *) of −distance / temperature, 0 for negative labels.
 
     With it the distances (N, C, *), which the gradient needs: as those of `anchor_distances`, but
     NaN to all classes where a feature is not finite.
@@ -276,7 +276,7 @@ def contrastive_losses_backward(
     anchors: Tensor,
     temperature: float,
 ) -> Tensor:
-    """The gradient of `contrastive_losses`, ``(1[k = y] − softmax) / temperature`` by distance."""
+    """Return the gradient of `contrastive_losses`: ``(1[k = y] − softmax) / temperature``."""
     rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
     grad, dtype = new_gradient(features), rows.points.dtype
 
@@ -325,7 +325,7 @@ def _new_distances(features: Tensor, anchors: Tensor) -> Tensor:
 
 
 def distances_of(x: Tensor, rows: Anchors, scratch: Scratch) -> Tensor:
-    """‖x − a‖ (T, C·M, p): NaN for a non-finite feature, else infinite if absent."""
+    """Return ‖x − a‖ (T, C·M, p): NaN for a non-finite feature, else infinite if absent."""
     points, squares, _ = rows
     x = scratch.like(x, "x", points.dtype).copy_(x)
     distances = scratch("distances", x.dtype, len(x), len(points), x.shape[2]).copy_(squares)
@@ -336,7 +336,7 @@ def distances_of(x: Tensor, rows: Anchors, scratch: Scratch) -> Tensor:
 
 
 def nearest_of_class(distances: Tensor, per_class: int) -> Tensor:
-    """Of distances (T, C·M, p) the least of each class (T, C, p): themselves if M = 1."""
+    """Return the smallest of each class (T, C, p) among distances (T, C·M, p)."""
     if per_class == 1:
         return distances
     tiles, anchors, pixels = distances.shape
@@ -344,7 +344,7 @@ def nearest_of_class(distances: Tensor, per_class: int) -> Tensor:
 
 
 def two_least(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (T, C, p) the first class with the least value, that value, and the next.
+    """Return the first class with the smallest value of (T, C, p), that value, and the second.
 
     The class is C where a value is NaN. Writes over its argument.
     """
@@ -360,7 +360,7 @@ def two_least(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cross_entropy(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy (T, 1, p) of (T, C, p), 0 for negative labels. Writes over distances."""
+    """Return the cross-entropy (T, 1, p), 0 for negative labels. Overwrites distances."""
     # From the least distance, so that no exponential overflows, and a loss near 0 stays precise.
     least, own = distances.amin(dim=1, keepdim=True), distances.gather(1, y.clamp(min=0))
     others = distances.sub_(least).div_(-temperature).exp_().sum(dim=1, keepdim=True)
@@ -368,7 +368,7 @@ def cross_entropy(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 
 def softmax_gradient(distances: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """The softmax (T, C, p) over −distance / temperature, less 1 at the label."""
+    """Return the softmax (T, C, p) over −distance / temperature, less 1 at the label."""
     share = (distances.amin(dim=1, keepdim=True) - distances).div_(temperature).exp_()
     share.div_(share.sum(dim=1, keepdim=True))
     return share.scatter_add_(1, y, share.new_full((1, 1, 1), -1.0).expand_as(y))
@@ -377,7 +377,7 @@ def softmax_gradient(distances: Tensor, y: Tensor, temperature: float) -> Tensor
 def _distance_gradient(
     x: Tensor, rows: Anchors, grad: Tensor, distances: Tensor, scratch: Scratch
 ) -> Tensor:
-    """The gradient of x (T, D, p) from that of its distances (T, C, p)."""
+    """Return the gradient of x (T, D, p) from that of its distances (T, C, p)."""
     if rows.per_class > 1:
         # Of each class it is that of one anchor, the nearest.
         distances = distances_of(x, rows, scratch)
@@ -392,7 +392,7 @@ def _distance_gradient(
 
 
 def weighted_offsets(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """The sums over the anchors of w · (x − a), written over x (T, D, p)."""
+    """Return the sums over the anchors of w · (x − a), written over x (T, D, p)."""
     x.mul_(weights.sum(dim=1, keepdim=True))
     if has_rows(x):
         x.mT.baddbmm_(weights.mT, points.expand(len(x), *points.shape), alpha=-1)
@@ -418,7 +418,7 @@ def is_finite(x: Tensor, scratch: Scratch) -> Tensor:
 
 
 def rows_of(values: Tensor, index: Tensor, like: Tensor, scratch: Scratch) -> Tensor:
-    """Of values (R, D) the rows of an index (T, 1, p), as (T, D, p) in the layout of ``like``."""
+    """Return the rows of values (R, D) at an index (T, 1, p), as (T, D, p) in a layout."""
     out = scratch.like(like, "rows", values.dtype)
     if has_rows(out):
         torch.index_select(values, 0, index.flatten(), out=out.mT.view(-1, values.shape[1]))
@@ -430,7 +430,7 @@ def rows_of(values: Tensor, index: Tensor, like: Tensor, scratch: Scratch) -> Te
 
 
 def offsets_from(points: Tensor, index: Tensor, x: Tensor, scratch: Scratch) -> Tensor:
-    """Offsets (T, D, p) of x from the rows of points (R, D) at an index (T, 1, p)."""
+    """Return offsets (T, D, p) of x from the rows of points (R, D) at an index (T, 1, p)."""
     own = rows_of(points, index, x, scratch)
     return torch.sub(x, own, out=own)
 
@@ -438,7 +438,7 @@ def offsets_from(points: Tensor, index: Tensor, x: Tensor, scratch: Scratch) -> 
 def _nearest_own(
     x: Tensor, first: Tensor, rows: Anchors, distance: str, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Of M anchors from row ``first (T, 1, p)`` on, the row of the nearest and the distance."""
+    """Return row and distance of the nearest of M anchors from row ``first (T, 1, p)`` on."""
     row, least = first, torch.full_like(x[:, :1], math.inf, dtype=rows.points.dtype)
     absent = (rows.squares == math.inf).flatten()
     for m in range(rows.per_class):
