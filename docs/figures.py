@@ -1,15 +1,19 @@
-"""The pictures of the concept pages, the same bytes for the same versions on the same machine.
+"""Draw the pictures of Concepts and Results, the same bytes on the same machine and versions.
 
     python docs/figures.py              # all of them, in about a minute
     python docs/figures.py margins      # one of them
 
 `margins` is drawn from the equations. `active_pixels` and `precision_coverage` are of the small
 network of the example, trained here for 300 iterations on street scenes of its synthetic source.
+`results` is drawn from the files in benchmarks/results.
 """
 
 import argparse
+import csv
 import functools
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +35,7 @@ from torch import Tensor
 import anchorda
 
 IMAGES = Path(__file__).parent / "images"
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
 WIDTH, HEIGHT = 320, 160
 ITERATIONS = 300
 COLORS = ("#0072b2", "#d55e00", "#009e73")
@@ -204,10 +209,74 @@ def precision_coverage() -> Figure:
     return figure
 
 
+class Task(NamedTuple):
+    """A row of the chart: the file, and which of its networks are source only, control, adapted."""
+
+    title: str
+    file: str
+    networks: tuple[str, str, str]
+
+
+TASKS = (
+    Task("digits, turned\n(accuracy)", "digits.csv", ("source only", "control", "CAG-UDA")),
+    Task(
+        "synthetic streets\nto dusk",
+        "own_images_synthetic.csv",
+        ("source only", "control", "adapted"),
+    ),
+    Task(
+        "CamVid,\nday to dusk", "own_images_day_to_dusk.csv", ("source only", "control", "adapted")
+    ),
+    Task(
+        "trainer: CamVid,\nday to dusk",
+        "trainer_dusk.csv",
+        ("source only", "no target labels, stage 3", "both, stage 3"),
+    ),
+    Task(
+        "trainer:\nsynthetic streets",
+        "trainer_synthetic.csv",
+        ("source only", "warm-up", "stage 3"),
+    ),
+)
+
+
+def scores(task: Task, network: str) -> list[float]:
+    """Return the score of each seed in percent: the mean over the classes, if there are any."""
+    seeds = defaultdict(list)
+    with (MEASURED / task.file).open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if network in (row.get("network"), row.get("method")):
+                score = row.get("miou") or row.get("accuracy") or 100 * float(row["iou"])
+                seeds[row["seed"]].append(float(score))
+    return [statistics.fmean(classes) for classes in seeds.values()]
+
+
+def results() -> Figure:
+    """Draw the scores of every seed as dots, and their means, for each task."""
+    figure = Figure((7, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for row, task in enumerate(TASKS):
+        for network, color, shift in zip(task.networks, COLORS, (-0.24, 0, 0.24), strict=True):
+            values = scores(task, network)
+            axes.plot(values, [row + shift] * len(values), "o", color=color, alpha=0.55)
+            mean = statistics.fmean(values)
+            axes.plot([mean, mean], [row + shift - 0.11, row + shift + 0.11], color=color, lw=3)
+    axes.set_yticks(range(len(TASKS)), [task.title for task in TASKS])
+    axes.invert_yaxis()
+    axes.set_xlabel("mIoU or accuracy on the target (%)")
+    axes.set_xlim(0, 70)
+    axes.grid(axis="x", color="0.85", linewidth=0.5)
+    names = ("source only", "control: source alone, as many steps", "adapted")
+    patches = [Patch(color=color, label=name) for color, name in zip(COLORS, names, strict=True)]
+    figure.legend(handles=patches, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "margins": margins,
     "active_pixels": active_pixels,
     "precision_coverage": precision_coverage,
+    "results": results,
 }
 
 
