@@ -10,9 +10,10 @@ Protocol, fixed before the first run:
 
 - For each pair and seed, a warm-up on the source, then runs of `METHODS` from its last network at
   each of `RATES`, the second of which is ten times the default and may spoil a run. A checkpoint
-  is the moving average of the weights after some steps.
+  is the moving average of the weights after some steps, `CHECKPOINTS` of them in a run.
 - Truth: the mIoU on the labeled images of the target. Scores see the unlabeled images of the target
-  alone, at the resolution of the logits; the anchors are those of `ANCHOR_IMAGES` source images.
+  alone, every second one, at the resolution of the logits; the anchors are those of
+  about `ANCHOR_IMAGES` images of the source. What is not trained on is scored in batches of `BATCH`.
 - One choice is one seed: over all of its checkpoints; and within each of its runs, where a run
   after the warm-up may also pick the network that it starts from. Regret is how many points of mIoU
   the picked checkpoint is below the best. Tables have means ± standard deviations over seeds.
@@ -71,7 +72,7 @@ METHODS: dict[str, BeginStage] = {
 }
 WARM_UP, RATE = "warm-up", 1e-3
 RATES = (RATE, 10 * RATE)
-ANCHOR_IMAGES = 64
+CHECKPOINTS, ANCHOR_IMAGES, BATCH = 3, 32, 16
 SOURCE, TARGET = "held-out source mIoU", "target mIoU"
 SCORES = (
     SOURCE,
@@ -102,7 +103,7 @@ class Checkpoint(NamedTuple):
 @torch.no_grad()
 def score(network: nn.Module, data: Data, options: Options) -> dict[str, float]:
     """Return the truth, held-out source mIoU, and the scores without target labels, by name."""
-    num_classes, how = len(data.classes), (options.batch, options.device)
+    num_classes, options = len(data.classes), dataclasses.replace(options, batch=BATCH)
     found = {
         TARGET: evaluate(network, data.evaluation, data, options)["mean"],
         SOURCE: evaluate(network, data.held_out, data, options)["mean"],
@@ -112,7 +113,7 @@ def score(network: nn.Module, data: Data, options: Options) -> dict[str, float]:
     information, norm = anchorda.InformationMaximization(), anchorda.NuclearNorm()
     with_anchors, flipped = (anchorda.LabelAgreement(num_classes) for _ in range(2))
     nearest = anchorda.AnchorPseudoLabeler()
-    for images, _ in data.target.batches(*how):
+    for images, _ in every(2, data.target).batches(BATCH, options.device):
         features, logits = network(images)
         density.update(logits)
         information.update(logits)
@@ -126,14 +127,18 @@ def score(network: nn.Module, data: Data, options: Options) -> dict[str, float]:
     return found
 
 
+def every(step: int, domain: Domain) -> Domain:
+    """Return every so many of the images and labels."""
+    return Domain(*(part[::step] for part in domain))
+
+
 def source_anchors(network: nn.Module, data: Data, options: Options) -> Tensor:
     """Return the centroids of pixels classified right in some images of the source."""
     network.eval()
     feature_dim = network.get_parameter("classifier.weight").shape[1]
     anchors = anchorda.CategoryAnchors(len(data.classes), feature_dim)
-    chosen = torch.linspace(0, len(data.source.images) - 1, ANCHOR_IMAGES).long()
-    some = Domain(*(part[chosen] for part in data.source))
-    for images, labels in some.batches(options.batch, options.device):
+    some = every(len(data.source.images) // ANCHOR_IMAGES, data.source)
+    for images, labels in some.batches(BATCH, options.device):
         features, logits = network(images)
         labels = anchorda.resize_labels(labels, features.shape[2:])
         anchors.update(features, anchorda.keep_correct(labels, logits))
@@ -143,11 +148,11 @@ def source_anchors(network: nn.Module, data: Data, options: Options) -> Tensor:
 def scored_run(
     name: str, network: nn.Module, begin: BeginStage, data: Data, options: Options, steps: int
 ) -> Iterator[tuple[int, nn.Module, dict[str, float]]]:
-    """Train; yield the step, the moving average and its scores four times, unless it diverges."""
+    """Train; yield step, moving average and scores of `CHECKPOINTS`, unless it diverges."""
     try:
         objective = begin(network, data, options)
         for step, average in enumerate(train(name, network, objective, data, options, steps), 1):
-            if step % (steps // 4) == 0:
+            if step % (steps // CHECKPOINTS) == 0:
                 yield step, average, score(average, data, options)
     except FloatingPointError as error:
         print(f"ended: {error}", flush=True)
@@ -188,8 +193,8 @@ def run_seed(pair: str, data: Data, options: Options) -> Iterator[Checkpoint]:
 def run_all(camvid: Path, seeds: Sequence[int], options: Options) -> list[Checkpoint]:
     """Return the checkpoints of all pairs and seeds."""
     checkpoints: list[Checkpoint] = []
-    for pair in PAIRS:
-        for seed in seeds:
+    for seed in seeds:
+        for pair in PAIRS:
             folder = options.output / "data" / (f"synthetic-{seed}" if pair == PAIRS[0] else pair)
             if pair == PAIRS[0]:
                 write_folders(folder, seed=seed)
@@ -364,8 +369,8 @@ def main() -> None:
     which.add_argument("--results", type=Path, help="a results.csv, to train nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, nargs=2, default=(96, 128), help="of all images")
-    parser.add_argument("--warmup-iterations", type=int, default=100)
-    parser.add_argument("--stage-iterations", type=int, default=40)
+    parser.add_argument("--warmup-iterations", type=int, default=99)
+    parser.add_argument("--stage-iterations", type=int, default=30)
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     if given.results is not None:
