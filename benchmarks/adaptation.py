@@ -1,173 +1,388 @@
-"""Compare kinds of pseudo-labels and margins over several seeds, with the example's command line.
+"""Compare labels, anchors, mixing, teachers, views and weights in adaptation to four tasks.
 
-For each seed: source only and warm-up once, then the stages from that warm-up for each of
-`VARIANTS`. What follows ``--`` goes to every run unchanged:
+    python benchmarks/adaptation.py --output runs/adaptation --camvid DIR --carla DIR
 
-    python benchmarks/adaptation.py --output runs/dusk --seeds 0 1 2 --jobs 2 -- \
-        --source DIR --target DIR --threads 1
+Tasks: the synthetic pair of own images, drawn anew for each seed; day to dusk, with DIR as in
+`own_images.py`; CARLA to Cityscapes, with DIR as `carla_to_cityscapes.py` lays it out; and the
+digits of `examples/digits.py`, features (N, D).
 
-Runs that are already there are kept, so an interrupted comparison goes on where it was. The tables,
-in Markdown, go to OUTPUT/results.md and the terminal.
+The protocol, fixed before the first result:
+
+- `examples/segmentation.py`, its network with ImageNet weights, four images of each domain in a
+  step. A warm-up of 160 steps on the source, once for each task and seed; then, from it, each row
+  takes three stages of 50 steps. The control takes the same steps on the source alone.
+- The default is `self_training` as `segmentation.py` has it. Each other row changes one thing.
+- The network of a row is its moving average after the last step. Beside it: the one of the three
+  stages that is best on held-out source, and, by target labels, the best of the three.
+- Three seeds. Target labels are for the scores, and chose nothing.
+
+Finished rows are reused; `--tasks` and `--rows` run a part. Results: OUTPUT/results.csv, results.md
+and results.png. About two hours on one core of a recent CPU.
 """
 
-import argparse
+import csv
+import dataclasses
 import json
-import shutil
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "methods"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "synthetic"))
+
+import cag_uda
+import digits
+import frozen_features
+import torch
+import torch.nn.functional as F
+import tyro
+from folders import write_folders
+from matplotlib.figure import Figure
+from own_images import lay_out
 from seeds import markdown, score_cells
+from torch import Tensor, nn
 
-TRAIN = Path(__file__).parents[1] / "examples" / "gta5_to_cityscapes" / "train.py"
-LABELS = {
-    "probability": ["--labels", "probability"],
-    "anchor": ["--labels", "anchor"],
-    "both": ["--labels", "both"],
-    # What the terms contribute: no pull to the anchors; no target pixel labeled at all.
-    "anchor, no pull": ["--labels", "anchor", "--distance-weight", "0"],
-    "no target labels": ["--labels", "anchor", "--margin", "inf"],
+import anchorda
+from image_folders import Batch, Data, open_data, save
+from segmentation import (
+    DECAY,
+    BeginLabels,
+    BeginStage,
+    Label,
+    Objective,
+    Options,
+    at_full_size,
+    build_network,
+    crop,
+    evaluate,
+    freeze,
+    run_phase,
+    self_training,
+    source_alone,
+)
+
+SIZES = {"synthetic": (96, 128), "day to dusk": (96, 128), "CARLA to Cityscapes": (96, 192)}
+TASKS = (*SIZES, "digits")
+ANCHORS_OF = 160  # source images of the frozen encoder's anchors and of the clusters
+Score = dict[str, float]  # mean IoU on the target, and on held-out source
+Scores = dict[str, list[Score]]  # of each row, after each stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Compare rows of settings on four tasks, over several seeds."""
+
+    output: Path  # Folder for all runs.
+    camvid: Path | None = None  # Folder of day to dusk.
+    carla: Path | None = None  # Folder of CARLA to Cityscapes.
+    encoder: str = ""  # Frozen encoder of the row of that name, as of `frozen_features.py`.
+    tasks: tuple[str, ...] = TASKS  # Tasks to run.
+    rows: tuple[str, ...] = ()  # Rows to run; all if empty.
+    seeds: tuple[int, ...] = (0, 1, 2)  # Seeds to run.
+    threads: int = 1  # CPU threads.
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def followed(stage: anchorda.StageLabeler, *, weigh: bool = False) -> Label:
+    """Return the labels of a stage that follows the trained network."""
+
+    def label(network: nn.Module, target: Tensor) -> Batch:
+        stage.follow(network, DECAY)
+        found = stage(target)
+        weights = found.by_probability.scores if weigh else torch.ones_like(found[1].scores)
+        return found.labels, weights
+
+    return label
+
+
+def above_threshold(network: nn.Module, data: Data, options: Options) -> Label:
+    """Label the pixels whose largest probability exceeds 0.95."""
+    stage = freeze(network, data, options)
+    stage.by_probability = anchorda.ProbabilityPseudoLabeler(0.95)
+    return followed(stage)
+
+
+def of_views(network: nn.Module, data: Data, options: Options) -> Label:
+    """Label by the average over two scales, each as it is and flipped."""
+    stage = freeze(network, data, options)
+    stage.extract = anchorda.average_views(at_full_size, scales=(1.0, 1.25))
+    return followed(stage)
+
+
+def weighed(network: nn.Module, data: Data, options: Options) -> Label:
+    """Weigh each pixel by the probability of its label."""
+    return followed(freeze(network, data, options), weigh=True)
+
+
+def of_clusters(network: nn.Module, data: Data, options: Options) -> Label:
+    """Label where the classifier agrees with the nearest of four whitened anchors of each class."""
+    stage = freeze(network, data, dataclasses.replace(options, labels="agree"))
+    num_classes, dim = stage.centroids.shape
+    clusters = anchorda.AnchorClusters(num_classes, dim, anchors_per_class=4)
+    for _ in range(4):
+        batches = data.source.batches(options.batch, options.device)
+        for images, labels in islice(batches, ANCHORS_OF // options.batch):
+            with torch.no_grad():
+                features, _ = stage.network(images)
+            clusters.update(features, anchorda.resize_labels(labels, features.shape[2:]))
+        clusters.step()
+    stage.centroids = clusters.compute()
+    return followed(stage)
+
+
+def by_frozen_encoder(network: nn.Module, data: Data, options: Options, encoder: str = "") -> Label:
+    """Label by the teacher's probabilities times those of a frozen encoder's discriminant."""
+    stage = freeze(network, data, options)
+    encode = frozen_features.build_encoder(encoder, options.device)
+    with torch.no_grad():
+        dim = encode(data.source.batch(torch.arange(1), options.device)[0]).shape[1]
+        anchors = anchorda.CategoryAnchors(len(data.classes), dim)
+        covariance = anchorda.WithinClassCovariance(len(data.classes), dim)
+        batches = data.source.batches(options.batch, options.device)
+        for images, labels in islice(batches, ANCHORS_OF // options.batch):
+            features = encode(images)
+            labels = anchorda.resize_labels(labels, features.shape[2:], mode="majority")
+            anchors.update(features, labels)
+            covariance.update(features, labels)
+    discriminant = anchorda.linear_discriminant(anchors.compute(), covariance.compute())
+
+    @torch.no_grad()
+    def label(network: nn.Module, target: Tensor) -> Batch:
+        stage.follow(network, DECAY)
+        logits = discriminant.logits(encode(target)) / 3  # its softmax is overconfident
+        logits = F.interpolate(logits, target.shape[2:], mode="bilinear")
+        rectified = anchorda.rectify(stage.probabilities(target), logits.softmax(dim=1))
+        return rectified.argmax(dim=1), torch.ones(rectified[:, 0].shape)
+
+    return label
+
+
+def source_as_it_is(network: nn.Module, data: Data, options: Options) -> Objective:
+    """Begin a warm-up without a change of color, light or sharpness."""
+    weights = data.class_weights().to(options.device)
+
+    def objective(network: nn.Module, source: Batch, target: Tensor) -> Tensor:
+        images, labels = crop(*source)
+        _, logits = at_full_size(network, images)
+        return anchorda.discriminative_loss(logits, labels, weight=weights)
+
+    return objective
+
+
+def begin_row(name: str, options: Options, encoder: str) -> tuple[BeginStage, Options]:
+    """Return how a row begins a stage, and its options."""
+    begins: Mapping[str, BeginStage] = {"control": source_alone, "the paper": cag_uda.begin_stage}
+    labels: Mapping[str, BeginLabels] = {
+        "threshold": above_threshold,
+        "views": of_views,
+        "weights": weighed,
+        "clusters": of_clusters,
+        "frozen encoder": partial(by_frozen_encoder, encoder=encoder),
+    }
+    changes: Mapping[str, dict[str, object]] = {
+        "no mixing": {"mix": False},
+        "fixed teacher": {"teacher": "stage"},
+        "agreement": {"labels": "agree"},
+        "rectified": {"labels": "rectify"},
+    }
+    begin = begins.get(name, self_training)
+    if name in labels:
+        begin = partial(self_training, begin_labels=labels[name])
+    return begin, dataclasses.replace(options, **changes.get(name, {}))  # type: ignore[arg-type]
+
+
+ROWS = {
+    "control": "control: source alone, the same steps",
+    "default": "**default**: all labels of a moving average, class mixing",
+    "the paper": "the paper: anchor and probability labels, distance loss",
+    "threshold": "default, probability above 0.95 alone",
+    "no mixing": "default without mixing",
+    "fixed teacher": "default, labels of a fixed copy",
+    "views": "default, labels averaged over four views",
+    "weights": "default, weights by probability",
+    "agreement": "default where whitened anchors agree",
+    "rectified": "default rectified by whitened anchors",
+    "clusters": "default where four whitened anchors a class agree",
+    "frozen encoder": "default rectified by anchors of a frozen encoder",
 }
-# In place of the default: one margin for all classes, chosen by hand; and each of its rules alone.
-MARGINS = {
-    f"anchor, margin {margin}": ["--labels", "anchor", "--margin", margin]
-    for margin in ("0.5", "1", "2", "4", "8", "coverage:0.2", "precision:0.9")
+STARTS = {"source only": "source only", "augmented": "+ augmentation: the warm-up"}
+OF_DIGITS = {
+    "control": "control",
+    "default": "self_training",
+    "the paper": "cag_uda",
+    "agreement": "agree",
+    "rectified": "rectify",
 }
-VARIANTS = LABELS | MARGINS
-
-Event = dict[str, Any]
 
 
-def run(folder: Path, flags: list[str]) -> None:
-    """One run of the example, unless one of the same flags has already finished there."""
-    finished = folder / "finished.txt"
-    if finished.exists() and finished.read_text("utf-8") == " ".join(flags):
-        return
-    if finished.exists():
-        raise SystemExit(f"{folder} holds a run of other flags: remove it or name another --output")
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-    folder.mkdir(parents=True)
-    command = [sys.executable, str(TRAIN), "--output", str(folder), *flags]
-    with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    finished.write_text(" ".join(flags), "utf-8")
-    print(f"finished {folder}", flush=True)
+# ------------------------------------------------------------------------------------------- runs
 
 
-def folder_of(name: str) -> str:
-    """The folder of a variant."""
-    return name.replace(", ", "-").replace(" ", "-").replace(":", "-")
+def open_task(task: str, seed: int, settings: Settings) -> Data:
+    """Lay out and read the images of a task."""
+    root = settings.output / "data" / (f"synthetic-{seed}" if task == "synthetic" else task)
+    if task == "synthetic":
+        write_folders(root, seed=seed)
+    elif task == "day to dusk" and settings.camvid is not None:
+        lay_out(settings.camvid, root)
+    elif task == "CARLA to Cityscapes" and settings.carla is not None:
+        root = settings.carla
+    else:
+        sys.exit(f"Expected the folder of {task}: --camvid or --carla.")
+    return open_data(root / "source", root / "target", root / "classes.txt", SIZES[task])
 
 
-def run_all(output: Path, seeds: list[int], jobs: int, flags: list[str]) -> None:
-    """The warm-ups side by side, then the stages."""
-    warm_ups, stages = [], []
-    for seed in seeds:
-        folder, seeded = output / f"seed{seed}", [*flags, "--seed", str(seed)]
-        start = ["--baseline", "--stages", "0"]
-        warm_ups.append(partial(run, folder / "warm-up", [*seeded, *start]))
-        checkpoint = folder / "warm-up" / "checkpoints" / "warm-up.pt"
-        for name, variant in VARIANTS.items():
-            more = [*variant, "--warmup-checkpoint", str(checkpoint)]
-            stages.append(partial(run, folder / folder_of(name), [*seeded, *more]))
-    for step in (warm_ups, stages):
-        with ThreadPoolExecutor(jobs) as pool:
-            for finished in [pool.submit(one) for one in step]:
-                finished.result()
+def score(network: nn.Module, data: Data, options: Options) -> Score:
+    """Return the mean IoU on the target and on held-out source."""
+    domains = {"target": data.evaluation, "held-out source": data.held_out}
+    return {name: evaluate(network, x, data, options)["mean"] for name, x in domains.items()}
 
 
-def read_events(output: Path, seeds: list[int], name: str, kind: str) -> list[list[Event]]:
-    """The events of one kind in a run's metrics, by seed."""
-    events = []
-    for seed in seeds:
-        lines = (
-            (output / f"seed{seed}" / folder_of(name) / "metrics.jsonl")
-            .read_text("utf-8")
-            .splitlines()
-        )
-        events.append([e for e in map(json.loads, lines) if e["kind"] == kind])
-    return events
+def adapt(name: str, warm: nn.Module, data: Data, options: Options, encoder: str) -> list[Score]:
+    """Return the scores of a row after each stage."""
+    begin, options = begin_row(name, options, encoder)
+    network, scores = warm, list[Score]()
+    for number in range(1, options.stages + 1):
+        network = run_phase(name, number, network, begin, data, options)
+        scores.append(score(network, data, options))
+    return scores
 
 
-def score_table(output: Path, seeds: list[int], names: Iterable[str], *, last: bool = False) -> str:
-    """The mIoU after every phase, or after the last alone: each seed, mean and deviation."""
-    rows = []
-    for name in names:
-        by_seed = read_events(output, seeds, name, "evaluation")
-        for place, event in enumerate(by_seed[0]):
-            phase = event["phase"]
-            if name != "warm-up" and phase == "warm-up":
-                continue  # where these runs start: a row of its own
-            if last and place < len(by_seed[0]) - 1:
+def run_maps(task: str, seed: int, settings: Settings) -> Scores:
+    """Return the scores of the rows on a task of maps."""
+    output = settings.output / task / f"seed{seed}"
+    rows = settings.rows or tuple(ROWS)
+    paths = {name: output / f"{name}.json" for name in (*STARTS, *rows)}
+    if not all(path.exists() for path in paths.values()):
+        data = open_task(task, seed, settings)
+        options = Options(
+            output=output, size=SIZES[task], warmup_iterations=160, stages=3, stage_iterations=50,
+            seed=seed, threads=settings.threads, device="cpu", resume=True,
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        start = build_network("", len(data.classes), options.device)
+        warm = run_phase("augmented", 0, start, source_alone, data, options)
+        for name, path in paths.items():
+            if path.exists():
                 continue
-            label = phase if name == "warm-up" else f"{name}, {phase}"
-            rows.append([label, *score_cells([100 * events[place]["miou"] for events in by_seed])])
-    return markdown(["mIoU (%)", *(f"seed {seed}" for seed in seeds), "mean ± std"], rows)
+            if name in STARTS:
+                begin = source_alone if name == "augmented" else source_as_it_is
+                network = run_phase(name, 0, start, begin, data, options)
+                scores = [score(network, data, options)]
+            else:
+                scores = adapt(name, warm, data, options, settings.encoder)
+            text = json.dumps(scores)
+            save(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+            print(f"{task}, seed {seed}, {name}: {100 * scores[-1]['target']:.1f}", flush=True)
+    return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items()}
 
 
-def class_table(output: Path, seeds: list[int]) -> str:
-    """The IoU of each class at the start and after the last stage, means over the seeds."""
-    columns = {"source only": ("warm-up", 0), "warm-up": ("warm-up", 1)}
-    columns |= {name: (name, -1) for name in LABELS}
-    table = {}
-    for title, (name, place) in columns.items():
-        last = [events[place]["iou"] for events in read_events(output, seeds, name, "evaluation")]
-        table[title] = {c: mean(iou[c] for iou in last) for c in last[0]}
-    return by_class(table)
-
-
-def label_table(output: Path, seeds: list[int], kind: str) -> str:
-    """Coverage and precision of one kind of labels, by class and stage, means over the seeds."""
-    by_seed = read_events(output, seeds, kind, "pseudo-labels")
-    table = {}
-    for number, event in enumerate(by_seed[0]):
-        for what in ("coverage", "precision"):
-            values = [events[number][what] for events in by_seed]
-            table[f"{event['phase']} {what}"] = {c: mean(v[c] for v in values) for c in values[0]}
-    return by_class(table)
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what is defined."""
-    defined = [value for value in values if value is not None]
-    return statistics.mean(defined) if defined else None
-
-
-def by_class(table: dict[str, dict[str, float | None]]) -> str:
-    """A row for every class that has a value anywhere."""
-    show: Callable[[float | None], str] = lambda v: "–" if v is None else f"{100 * v:.1f}"  # noqa: E731
-    classes = [
-        c for c in next(iter(table.values())) if any(t[c] is not None for t in table.values())
+def run_digits(settings: Settings) -> list[Scores]:
+    """Return the accuracies of the rows on digits by seed, after the last stage."""
+    path = settings.output / "digits" / f"{max(settings.seeds) + 1} seeds.json"
+    if not path.exists():
+        arguments = ["--method", *OF_DIGITS.values(), "--seeds", str(max(settings.seeds) + 1)]
+        found = digits.main(arguments)
+        save(path, lambda file: file.write_text(json.dumps(found), encoding="utf-8"))
+    found = json.loads(path.read_text("utf-8"))
+    rows = {"source only": "source only", **OF_DIGITS}
+    return [
+        {name: [{"target": found[row][seed]}] for name, row in rows.items()}
+        for seed in settings.seeds
     ]
-    return markdown(
-        ["class", *table], [[c, *(show(t[c]) for t in table.values())] for c in classes]
-    )
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+CHOICES: Mapping[str, Callable[[list[Score]], Score]] = {
+    "last": lambda scores: scores[-1],
+    "best on held-out source": lambda scores: max(
+        scores, key=lambda score: score.get("held-out source", 0.0)
+    ),
+    "best on target": lambda scores: max(scores, key=lambda score: score["target"]),
+}
+
+
+def table(results: dict[str, list[Scores]], choice: str, *, gains: bool = False) -> str:
+    """Return mean ± deviation of each row on each task, or what it gains over the control."""
+    lines = []
+    for name, text in {**STARTS, **ROWS}.items():
+        cells, over_tasks = [], list[float]()
+        for runs in results.values():
+            if not all(name in scores for scores in runs):
+                cells.append("–")
+                continue
+            values = [100 * CHOICES[choice](scores[name])["target"] for scores in runs]
+            if gains:
+                control = [100 * CHOICES[choice](scores["control"])["target"] for scores in runs]
+                values = [a - b for a, b in zip(values, control, strict=True)]
+                over_tasks.append(sum(values) / len(values))
+            cells.append(score_cells(values, "+" if gains else "")[-1])
+        mean = f"{sum(over_tasks) / len(over_tasks):+.1f}" if over_tasks else "–"
+        lines.append([text, *cells, *([mean] if gains else [])])
+    what = f"{choice}, − control" if gains else f"{choice}, mIoU or accuracy (%)"
+    return markdown([what, *results, *(["mean of tasks"] if gains else [])], lines)
+
+
+def draw(results: dict[str, list[Scores]]) -> Figure:
+    """Draw what each row gains over the control: a dot for each seed, a line for the mean."""
+    names = [name for name in ROWS if name != "control"]
+    figure = Figure((7.0, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axis, (task, runs) in zip(axes, results.items(), strict=True):
+        axis.axvline(0, color="0.6", linewidth=1)
+        for place, name in enumerate(reversed(names)):
+            if all(name in scores for scores in runs):
+                values = [
+                    100 * (scores[name][-1]["target"] - scores["control"][-1]["target"])
+                    for scores in runs
+                ]
+                color = "#d55e00" if name == "default" else "#0072b2"
+                axis.plot(values, [place] * len(values), "o", color=color, markersize=3, alpha=0.6)
+                mean = sum(values) / len(values)
+                axis.plot([mean, mean], [place - 0.3, place + 0.3], color=color, linewidth=2)
+        axis.set_title(task, fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0].set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
+    figure.supxlabel("points above the control, after the last stage", fontsize=8)
+    return figure
+
+
+def write_csv(path: Path, results: dict[str, list[Scores]], seeds: tuple[int, ...]) -> None:
+    """Write every score."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "seed", "row", "stage", "domain", "score"])
+        for task, runs in results.items():
+            for seed, scores in zip(seeds, runs, strict=True):
+                for name, stages in scores.items():
+                    for number, found in enumerate(stages, 1):
+                        for domain, value in found.items():
+                            writer.writerow([task, seed, name, number, domain, f"{value:.6f}"])
 
 
 def main() -> None:
-    """Run what is missing, then print the tables."""
-    parser = argparse.ArgumentParser(description="Compare the kinds of pseudo-labels.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for all runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="for every run of train.py")
-    options = parser.parse_args()
-    run_all(options.output, options.seeds, options.jobs, options.flags)
-    if not read_events(options.output, options.seeds[:1], "anchor", "pseudo-labels")[0]:
-        parser.error("the tables need the labels of the target's training images, gtFine/train")
-    where = options.output, options.seeds
-    parts = [score_table(*where, ("warm-up", *LABELS)), class_table(*where)]
-    margins = ("anchor", *MARGINS, "no target labels")
-    parts += ["margins:", score_table(*where, margins, last=True)]
-    for kind in ("probability", "anchor"):
-        parts += [f"{kind} labels:", label_table(*where, kind)]
-    text = "\n\n".join(parts) + "\n"
-    (options.output / "results.md").write_text(text, encoding="utf-8")
+    """Run what is missing, then write the tables and the chart."""
+    settings = tyro.cli(Settings)
+    torch.set_num_threads(settings.threads)
+    results: dict[str, list[Scores]] = {task: [] for task in settings.tasks}
+    if "digits" in results:
+        results["digits"] = run_digits(settings)
+    for seed in settings.seeds:
+        for task in [task for task in SIZES if task in results]:
+            results[task].append(run_maps(task, seed, settings))
+    texts = [table(results, "last"), table(results, "last", gains=True)]
+    texts += [table(results, choice) for choice in list(CHOICES)[1:]]
+    text = "\n\n".join(texts) + "\n"
+    save(settings.output / "results.md", lambda file: file.write_text(text, encoding="utf-8"))
+    save(settings.output / "results.csv", lambda f: write_csv(f, results, settings.seeds))
+    save(settings.output / "results.png", partial(draw(results).savefig, dpi=200))
     print(text)
 
 

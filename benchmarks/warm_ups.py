@@ -13,8 +13,8 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from adaptation import by_class, mean, read_events, run
 from seeds import markdown, read_scores, score_cells
+from trainer_labels import by_class, mean, read_events, run
 
 WARM_UPS = {"source": ["--baseline"], "adversarial": ["--warmup", "adversarial"]}
 

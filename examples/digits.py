@@ -1,4 +1,4 @@
-"""Seven methods on plain features (N, D): handwritten digits, turned ones as the target.
+"""Self-training and seven methods on features (N, D): digits, turned ones as the target.
 
 Half of scikit-learn's digits are the labeled source; the other half, turned by an angle, is the
 target, without labels. A small network is trained on the source. Then come stages: each method
@@ -17,6 +17,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch.nn.functional import normalize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import anchorda
+from anchorda.stages import Rule
 
 NUM_CLASSES = 10
 FEATURE_DIM = 32
@@ -94,6 +96,28 @@ def source_loss(network: Network, source: Domain) -> Tensor:
 def control(start: Network, source: Domain, target: Tensor) -> Objective:
     """Train on the source alone."""
     return lambda network, batch, images: source_loss(network, batch)
+
+
+def self_training(
+    start: Network, source: Domain, target: Tensor, rule: Rule = "probability"
+) -> Objective:
+    """Label the target by a teacher: all of it, where anchors agree, or rectified by anchors."""
+    shape = NUM_CLASSES, FEATURE_DIM
+    stage = anchorda.StageLabeler.from_source(
+        start,
+        [source],
+        anchorda.CategoryAnchors(*shape),
+        covariance=anchorda.WithinClassCovariance(*shape),
+    )
+    stage.rule = rule
+
+    def objective(network: Network, batch: Domain, images: Tensor) -> Tensor:
+        stage.follow(network, decay=1 - MOMENTUM)
+        _, logits = network(distort(images))
+        loss = anchorda.discriminative_loss(logits, stage(images).labels)
+        return source_loss(network, batch) + loss
+
+    return objective
 
 
 def cag_uda(start: Network, source: Domain, target: Tensor) -> Objective:
@@ -237,6 +261,9 @@ def shot(start: Network, source: Domain, target: Tensor) -> Objective:
 
 METHODS: dict[str, Method] = {
     "control": control,
+    "self_training": self_training,
+    "agree": partial(self_training, rule="agree"),
+    "rectify": partial(self_training, rule="rectify"),
     "cag_uda": cag_uda,
     "proda": proda,
     "cpsl": cpsl,
@@ -348,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
         percent = 100 * torch.tensor(values)
         spread = f" ± {percent.std():.1f}" if len(values) > 1 else ""
         print(
-            f"{row:12}", *(f"{value:5.1f}" for value in percent), f"   {percent.mean():.1f}{spread}"
+            f"{row:13}", *(f"{value:5.1f}" for value in percent), f"   {percent.mean():.1f}{spread}"
         )
     return table
 

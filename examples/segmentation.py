@@ -34,6 +34,7 @@ import image_folders
 from image_folders import IGNORE, Batch, Data, DataError, Domain, open_data
 
 MARK = 256  # added to pseudo-labels, to tell them from pasted true labels
+DECAY = 0.98  # of moving averages of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Options:
     predict: Path | None = None  # Write masks of the images in this folder instead of training.
     size: Annotated[tuple[int, int], tyro.conf.arg(metavar="H W")] = (180, 240)  # Size of images.
     network: str = ""  # `module:function`, a network in place of `LightNetwork`.
-    labels: Literal["teacher", "agree"] = "teacher"  # All labels, or where the anchors agree.
+    labels: Literal["probability", "agree", "rectify"] = "probability"  # With anchors, or without.
+    teacher: Literal["average", "stage"] = "average"  # Labels by a moving average, or a fixed copy.
+    mix: bool = True  # Paste pixels of source classes into the target images.
     control: bool = False  # Also train as many steps on the source alone, to compare with.
     warmup_iterations: int = 360  # Steps of the warm-up, at most.
     stages: int = 3  # Rounds of labeling the target and training on it.
@@ -150,30 +153,61 @@ def source_alone(network: nn.Module, data: Data, options: Options) -> Objective:
     return objective
 
 
-def self_training(network: nn.Module, data: Data, options: Options) -> Objective:
-    """Begin a stage whose target labels are those of the network that it starts from."""
-    with torch.no_grad():
-        features, _ = network.eval()(data.target.batch(torch.arange(1), options.device)[0])
-    anchors = anchorda.CategoryAnchors(len(data.classes), features.shape[1]).to(options.device)
-    if options.labels == "agree":
-        batches = data.source.batches(options.batch, options.device)
-        stage = anchorda.StageLabeler.from_source(network, batches, anchors, extract=at_full_size)
-        stage.rule = "agree"
+Label = Callable[[nn.Module, Tensor], Batch]  # of network and target: labels, weights (N, H, W)
+BeginLabels = Callable[[nn.Module, Data, Options], Label]
+
+
+@torch.no_grad()
+def freeze(network: nn.Module, data: Data, options: Options) -> anchorda.StageLabeler:
+    """Return what labels the target: a copy of the network, and its anchors if they are asked."""
+    features, _ = network.eval()(data.target.batch(torch.arange(1), options.device)[0])
+    shape = len(data.classes), features.shape[1]
+    if options.labels == "probability":
+        stage = anchorda.StageLabeler(network, torch.zeros(shape), extract=at_full_size)
     else:
-        unused = anchors.compute()
-        stage = anchorda.StageLabeler(network, unused, rule="probability", extract=at_full_size)
+        anchors = anchorda.CategoryAnchors(*shape).to(options.device)
+        covariance = anchorda.WithinClassCovariance(*shape).to(options.device)
+        batches = data.source.batches(options.batch, options.device)
+        stage = anchorda.StageLabeler.from_source(
+            network, batches, anchors, covariance=covariance, extract=at_full_size
+        )
+    stage.to(options.device).rule = options.labels
+    return stage
+
+
+def label_all(network: nn.Module, data: Data, options: Options) -> Label:
+    """Begin to label every target pixel; all labels weigh the same."""
+    stage = freeze(network, data, options)
+
+    def label(network: nn.Module, target: Tensor) -> Batch:
+        if options.teacher == "average":
+            stage.follow(network, DECAY)
+        labels = stage(target).labels
+        return labels, torch.ones(labels.shape, device=labels.device)
+
+    return label
+
+
+def self_training(
+    network: nn.Module, data: Data, options: Options, begin_labels: BeginLabels = label_all
+) -> Objective:
+    """Begin a stage that trains on labels of the target, pasted over by pixels of the source."""
     weights = data.class_weights().to(options.device)
+    label = begin_labels(network, data, options)
 
     def objective(network: nn.Module, source: Batch, target: Tensor) -> Tensor:
         source, (target, _) = crop(*source), crop(target, source[1])
-        pseudo = stage(target).labels + MARK
-        mixed, marked = mix(source, (target, pseudo), classes=len(data.classes) // 2)
-        _, logits = at_full_size(network, distort(torch.cat([source[0], mixed])))
+        pseudo, of_pixels = label(network, target)
+        mixed = target, pseudo + MARK
+        if options.mix:
+            mixed = mix(source, mixed, classes=len(data.classes) // 2)
+        _, logits = at_full_size(network, distort(torch.cat([source[0], mixed[0]])))
         on_source, on_mixed = logits.chunk(2)
         loss = anchorda.discriminative_loss(on_source, source[1], weight=weights)
         # Only true labels are weighted: on pseudo-labels, errors of rare classes would grow.
-        labels, is_pseudo = marked % MARK, marked >= MARK
-        of_pixels = torch.where(is_pseudo, 1.0, weights[labels.clamp(max=len(weights) - 1)])
+        labels, is_pseudo = mixed[1] % MARK, mixed[1] >= MARK
+        of_true = weights[labels.clamp(max=len(weights) - 1)]
+        of_pixels = torch.where(is_pseudo, of_pixels, of_true)
         mixed_loss = anchorda.discriminative_loss(on_mixed, labels, pixel_weights=of_pixels)
         return (loss + mixed_loss) / 2
 
@@ -184,8 +218,8 @@ def train(
     name: str, network: nn.Module, objective: Objective, data: Data, options: Options, steps: int
 ) -> Iterator[nn.Module]:
     """Minimize an objective; yield the moving average of the network after each step."""
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
-    optimizer = torch.optim.AdamW(network.parameters(), options.rate)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
+    optimizer = torch.optim.AdamW(network.parameters(), options.rate, fused=True)
     rate = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps) ** 0.9)
     for _ in (progress := tqdm(range(steps), name)):
         draw = options.batch, options.device
@@ -221,8 +255,9 @@ def run_phase(
 ) -> nn.Module:
     """Return the moving average of a network after the warm-up, number 0, or after a stage."""
     network, path = copy.deepcopy(network), options.output / "phases" / f"{name}-{number}.pt"
-    fixed = ("size", "network", "labels", "warmup_iterations", "stage_iterations", "batch", "rate")
-    settings = {name: getattr(options, name) for name in (*fixed, "seed")}
+    fixed = ["size", "network", "warmup_iterations", "stage_iterations", "batch", "rate", "seed"]
+    fixed += ["labels", "teacher", "mix"] if number else []
+    settings = {name: getattr(options, name) for name in fixed}
     settings |= {"images": [len(domain.images) for domain in data[1:5]], "classes": data.classes}
     if options.resume and path.exists():
         network.load_state_dict(image_folders.load_weights(path, settings))

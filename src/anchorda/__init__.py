@@ -55,13 +55,14 @@ from .selection import (
     NuclearNorm,
     SoftNeighborhoodDensity,
 )
-from .stages import StageLabeler, StageLabels
+from .stages import StageLabeler, StageLabels, average_views
 from .statistics import (
     ClassMoments,
     ClassVariances,
     LinearDiscriminant,
     WithinClassCovariance,
     linear_discriminant,
+    whitening_matrix,
 )
 from .taps import FeatureTap
 
@@ -107,6 +108,7 @@ __all__ = [
     "anchor_distribution_loss",
     "anchor_health",
     "anchor_probabilities",
+    "average_views",
     "class_sums",
     "combine_pseudo_labels",
     "discriminative_loss",
@@ -122,4 +124,5 @@ __all__ = [
     "soft_class_sums",
     "symmetric_cross_entropy",
     "warn_unreachable_margins",
+    "whitening_matrix",
 ]

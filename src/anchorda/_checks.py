@@ -361,6 +361,12 @@ def check_positive(value: float, name: str) -> float:
     return value
 
 
+def check_type(value: object, name: str, kind: type, fix: str = "") -> None:
+    """Reject a value of another class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"Expected `{name}` to be {kind.__name__}, but got {type_of(value)}.{fix}")
+
+
 def check_flag(value: bool, name: str) -> bool:
     """Return a truth value of Python or NumPy as a bool."""
     if isinstance(value, bool):

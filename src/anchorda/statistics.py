@@ -105,35 +105,80 @@ def linear_discriminant(
             [0.0000, 0.0000]]), bias=tensor([-0.5000, -0.5000,    -inf]))
     """
     check_anchor_groups(anchors)
-    check_tensor(covariance, "covariance")
-    check_floating(covariance, "covariance")
+    sigma = _shrunk(covariance, shrinkage)
     dim = anchors.shape[-1]
-    if tuple(covariance.shape) != (dim, dim):
+    if len(sigma) != dim:
         raise ValueError(
             f"Expected `covariance` of shape (D, D) = ({dim}, {dim}) to match `anchors`, but got "
             f"{tuple(covariance.shape)}. Compute both from features of the same layer."
         )
-    shrinkage = check_range(shrinkage, "shrinkage", 0.0, 1.0)
     device = anchors.device
     if has_float64(device):
         check_device(covariance, "covariance", anchors, "anchors")
     wide = device if has_float64(device) else torch.device("cpu")
     rows = anchors.detach().to(wide).double().flatten(0, -2)
-    sigma = covariance.detach().to(wide).double()
     seen = rows.isfinite().all(dim=1)
     rows = torch.where(seen[:, None], rows, 0.0)
-    variance = sigma.trace() / dim
-    # Features without any variance have the Euclidean metric.
-    variance = torch.where(variance == 0, 1.0, variance)
-    sigma = (1 - shrinkage) * sigma + shrinkage * variance * torch.eye(
-        dim, dtype=sigma.dtype, device=wide
-    )
-    weight: Tensor = torch.linalg.solve_ex(sigma, rows.T).result.T
+    weight: Tensor = torch.linalg.solve_ex(sigma.to(wide), rows.T).result.T
     bias = torch.where(seen, -(weight * rows).sum(dim=1) / 2, -torch.inf)
     shape = anchors.shape[:-1]
     return LinearDiscriminant(
         weight.float().reshape(anchors.shape).to(device), bias.float().reshape(shape).to(device)
     )
+
+
+def whitening_matrix(covariance: Tensor, *, shrinkage: float = 0.01) -> Tensor:
+    r"""Matrix that makes the within-class covariance of features the identity.
+
+    .. math:: W = \Sigma_s^{-1/2}, \qquad
+              \Sigma_s = (1 - s)\, \Sigma + s\, \tfrac{\operatorname{tr} \Sigma}{D} I
+
+    symmetric, so that Wx are the whitened features of x, and the nearest of the anchors Wa is the
+    class of `linear_discriminant`.
+
+    Args:
+        covariance: Σ, ``(D, D)``, floating point, as of `WithinClassCovariance`.
+        shrinkage: s in [0, 1], as of `linear_discriminant`.
+
+    Returns:
+        ``(D, D)`` float32, NaN if the covariance has a NaN.
+
+    Raises:
+        TypeError: if a dtype is wrong.
+        ValueError: if ``covariance`` is not square or ``shrinkage`` is out of range.
+
+    Source: Fisher's linear discriminant.
+
+    >>> whitening_matrix(torch.diag(torch.tensor([4.0, 1.0])), shrinkage=0.0)
+    tensor([[0.5000, 0.0000],
+            [0.0000, 1.0000]])
+    """
+    sigma = _shrunk(covariance, shrinkage)
+    finite = sigma.isfinite().all()
+    values, vectors = torch.linalg.eigh(torch.where(finite, sigma, 0.0))
+    # Directions without variance, which only an unshrunk matrix has, have no scale.
+    scales = torch.where(values > values.amax() * 1e-12, values, torch.inf).rsqrt()
+    whitening = torch.where(finite, (vectors * scales) @ vectors.T, torch.nan)
+    return whitening.float().to(covariance.device)
+
+
+def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
+    """Return a covariance that is moved towards a multiple of the identity, in float64."""
+    check_tensor(covariance, "covariance")
+    check_floating(covariance, "covariance")
+    if covariance.ndim != 2 or len(covariance) != covariance.shape[1]:
+        raise ValueError(
+            f"Expected `covariance` of shape (D, D), but got {tuple(covariance.shape)}. Pass what "
+            "WithinClassCovariance.compute() returns."
+        )
+    shrinkage = check_range(shrinkage, "shrinkage", 0.0, 1.0)
+    device = covariance.device if has_float64(covariance.device) else torch.device("cpu")
+    sigma = covariance.detach().to(device).double()
+    variance = sigma.trace() / len(sigma)
+    # Features without any variance have the Euclidean metric.
+    variance = torch.where(variance == 0, 1.0, variance)
+    identity = torch.eye(len(sigma), dtype=sigma.dtype, device=device)
+    return (1 - shrinkage) * sigma + shrinkage * variance * identity
 
 
 @final
