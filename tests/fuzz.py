@@ -1244,7 +1244,7 @@ class Splitting(nn.Module):
         return features, self.classifier(features)
 
 
-@target("StageLabeler")
+@target("StageLabeler", "average_views")
 def _(d: Draw) -> Steps:
     c, dim = classes_and_dim(d, 2)
     images = torch.randn(2, dim, 5)
@@ -1254,14 +1254,15 @@ def _(d: Draw) -> Steps:
         "feature_dim": dim,
         "labels": d.labels((2, d.one(5, 7)), c),
         "num_classes": c,
-        "rule": d.one("anchor", "probability", "agree", "union"),
+        "rule": d.one("anchor", "probability", "agree", "union", "rectify"),
         "min_margin": d.one(0.0, d.per_class(torch.rand(c).half().float())),
         "batch": d.one("pair", "pair", "list", "dict", "triple", "nothing"),
-        "extract": d.one("both", "both", "logits", "dict", "exchanged"),
+        "extract": d.one("both", "views", "logits", "dict", "exchanged"),
     }
     images, labels = a["images"], a["labels"]
     outputs: dict[str, Callable[[nn.Module, Tensor], Any]] = {
         "both": lambda network, x: network(x),
+        "views": anchorda.average_views(),
         "logits": lambda network, x: network(x)[1],
         "dict": lambda network, x: dict(zip("ab", network(x), strict=True)),
         "exchanged": lambda network, x: network(x)[::-1],
@@ -1420,7 +1421,7 @@ def _(d: Draw) -> Steps:
     close(result[1], sums / np.maximum(counts, 1)[:, None], d.scale, 1e-9)
 
 
-@target("linear_discriminant", "LinearDiscriminant")
+@target("linear_discriminant", "LinearDiscriminant", "whitening_matrix")
 def _(d: Draw) -> Steps:
     c, dim = classes_and_dim(d, 2)
     half = torch.randn(dim, dim, dtype=torch.float64)
@@ -1434,7 +1435,10 @@ def _(d: Draw) -> Steps:
         a["anchors"], a["covariance"], shrinkage=a["shrinkage"]
     )
     result = discriminant.logits(a["features"])
+    whitening = anchorda.whitening_matrix(a["covariance"], shrinkage=a["shrinkage"])
     yield
+    if not torch.equal(whitening.isfinite(), torch.ones_like(whitening, dtype=torch.bool)):
+        raise FaultError("a whitening matrix that is not finite")
     features = tensor(a["features"], FLOATS)
     expected = (features.shape[0], len(a["anchors"]), *features.shape[2:])
     if tuple(result.shape) != expected:

@@ -130,6 +130,7 @@ CASES: dict[str, Case] = {
     "discriminant": lambda x, y, z, a: anchorda.linear_discriminant(
         a, torch.eye(3, device=a.device)
     ).logits(x),
+    "whitening": lambda x, y, z, a: anchorda.whitening_matrix(a.nan_to_num().T @ a.nan_to_num()),
     "rectify": lambda x, y, z, a: anchorda.rectify(z.softmax(1), z.flip(0).softmax(1)),
     "discriminative": lambda x, y, z, a: _discriminative(z, y),
 }

@@ -136,7 +136,10 @@ def staged(batches: list[Batch]) -> StageLabeler:
     def extract(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         return images, network(images)
 
-    return StageLabeler.from_source(classifier, batches, CategoryAnchors(5, 3), extract=extract)
+    covariance = WithinClassCovariance(5, 3)
+    return StageLabeler.from_source(
+        classifier, batches, CategoryAnchors(5, 3), covariance=covariance, extract=extract
+    )
 
 
 def sums_of(batches: list[Batch]) -> ClassSums:

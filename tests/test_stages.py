@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import anchorda
 from anchorda import (
@@ -19,6 +21,8 @@ from anchorda import (
     CategoryAnchors,
     ProbabilityPseudoLabeler,
     StageLabeler,
+    WithinClassCovariance,
+    average_views,
     combine_pseudo_labels,
     keep_correct,
     resize_labels,
@@ -132,6 +136,116 @@ def test_labels_are_those_of_the_parts(rule: str, network: Network, source: Batc
     for actual, wanted in ((result.by_anchor, first), (result.by_probability, second)):
         assert torch.equal(actual.labels, wanted.labels)
         assert torch.equal(actual.scores, wanted.scores)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_rectified_labels_are_a_product(
+    whitened: bool, temperature: float, network: Network, source: Batches
+) -> None:
+    covariance = WithinClassCovariance(NUM_CLASSES, DIM) if whitened else None
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    stage = StageLabeler.from_source(network, source, anchors, covariance=covariance)
+    stage.rule, stage.temperature = "rectify", temperature
+    stage.by_probability = ProbabilityPseudoLabeler(0.5)
+    images = torch.randn(2, 3, 8, 6)
+    with torch.no_grad():
+        features, logits = stage.network(images)
+    metric = stage.whitening if stage.whitening is not None else torch.eye(DIM)
+    offsets = features.movedim(1, -1)[..., None, :] - stage.centroids
+    squares = (offsets @ metric).double().square().sum(dim=-1).movedim(-1, 1)
+    energies = squares / 2 if whitened else squares.sqrt()
+    product = logits.double().softmax(dim=1) * (-energies / temperature).softmax(dim=1)
+    expected = product / product.sum(dim=1, keepdim=True)
+    # Measured: 3e-6, of exponentials of float32 distances of up to 30.
+    torch.testing.assert_close(
+        stage.probabilities(images), expected, rtol=0, atol=2e-5, check_dtype=False
+    )
+    labels, _, (by_probability, scores) = stage(images)
+    scores_expected, classes = expected.max(dim=1)
+    torch.testing.assert_close(scores, scores_expected.float(), rtol=0, atol=2e-5)
+    sure = scores_expected > 0.5
+    assert torch.equal(labels[sure], classes[sure])
+    assert (labels[~sure] == 255).all()
+    assert torch.equal(labels, by_probability)
+
+
+def test_anchors_in_the_metric_of_the_covariance_are_the_discriminant(
+    network: Network, source: Batches
+) -> None:
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    covariance = WithinClassCovariance(NUM_CLASSES, DIM)
+    stage = StageLabeler.from_source(network, source, anchors, covariance=covariance)
+    images = torch.randn(2, 3, 8, 6)
+    discriminant = anchorda.linear_discriminant(anchors.compute(), covariance.compute())
+    logits = discriminant.logits(stage.network(images)[0])
+    assert torch.equal(stage(images).labels, logits.argmax(dim=1))
+    torch.testing.assert_close(stage.probabilities(images), logits.softmax(dim=1))
+
+
+def test_soft_labels_of_other_rules(stage: StageLabeler) -> None:
+    images = torch.randn(2, 3, 8, 6)
+    features, logits = stage.network(images)
+    assigned = anchorda.anchor_probabilities(features, stage.centroids)
+    assert torch.equal(stage.probabilities(images), assigned)
+    stage.rule = "probability"
+    assert torch.equal(stage.probabilities(images), logits.softmax(dim=1))
+    stage.rule = "agree"
+    with pytest.raises(ValueError, match="Expected a rule with probabilities"):
+        stage.probabilities(images)
+
+
+def test_the_copy_follows_as_an_averaged_model_does(network: Network, stage: StageLabeler) -> None:
+    average = AveragedModel(stage.network, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+    average.update_parameters(stage.network)  # The first is a copy.
+    centroids = stage.centroids.clone()
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        network(torch.randn(2, 3, 8, 6))  # Running statistics move, too.
+        stage.follow(nn.DataParallel(network), decay=0.7)
+        average.update_parameters(network)
+    followed, expected = bits(stage.network), bits(average.module)
+    for name, value in expected.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(followed[name], value, rtol=0, atol=1e-6)
+    assert followed["layers.1.num_batches_tracked"] == network.layers[1].num_batches_tracked
+    assert torch.equal(stage.centroids, centroids)
+    stage.follow(network, decay=0.0)
+    assert_equal(bits(stage.network), bits(network))
+    assert not any(parameter.requires_grad for parameter in stage.network.parameters())
+
+
+def test_a_copy_follows_no_other_network(stage: StageLabeler, network: Network) -> None:
+    before = bits(stage.network)
+    network.classifier = nn.Conv2d(DIM, NUM_CLASSES + 1, 1, bias=False)
+    with pytest.raises(ValueError, match=r"\['classifier.weight'\] differ"):
+        stage.follow(network, decay=0.9)
+    with pytest.raises(ValueError, match=r"Expected `decay` in \[0.0, 1.0\]"):
+        stage.follow(network, decay=2.0)
+    assert_equal(bits(stage.network), before)
+
+
+def test_views_are_averaged(network: Network, source: Batches) -> None:
+    images = torch.randn(2, 3, 8, 6)
+    network.eval()
+    features, logits = average_views(scales=(1.0, 2.0))(network, images)
+    views = []
+    for scaled in (images, F.interpolate(images, (16, 12), mode="bilinear")):
+        views.append(network(scaled))
+        views.append(tuple(x.flip(3) for x in network(scaled.flip(3))))
+    small = [[F.interpolate(x, (4, 3), mode="bilinear") for x in view] for view in views]
+    torch.testing.assert_close(features, sum(x for x, _ in small) / 4)
+    probabilities = sum(F.interpolate(z.softmax(dim=1), (4, 3), mode="bilinear") for _, z in views)
+    torch.testing.assert_close(logits.softmax(dim=1), probabilities / 4)
+    alone = average_views(flip=False)(network, images)
+    torch.testing.assert_close(alone, (network(images)[0], network(images)[1].log_softmax(dim=1)))
+    stage = StageLabeler(network, torch.randn(NUM_CLASSES, DIM), extract=average_views())
+    copied = pickle.loads(pickle.dumps(stage))
+    assert torch.equal(copied(images).labels, stage(images).labels)
+    with pytest.raises(ValueError, match="Expected `scales` to have an entry"):
+        average_views(scales=())
 
 
 def test_every_pixel_is_labeled_until_minimums_are_set(stage: StageLabeler) -> None:
@@ -343,6 +457,21 @@ def test_state_survives_a_file(stage: StageLabeler, tmp_path: Path) -> None:
         assert torch.equal(actual.labels, wanted.labels)
         assert torch.equal(actual.scores, wanted.scores)
     assert_equal(bits(restored), bits(stage))
+
+
+def test_a_metric_survives_a_file(network: Network, source: Batches) -> None:
+    anchors = CategoryAnchors(NUM_CLASSES, DIM)
+    covariance = WithinClassCovariance(NUM_CLASSES, DIM)
+    stage = StageLabeler.from_source(network, source, anchors, covariance=covariance)
+    restored = StageLabeler(Network(), torch.zeros(NUM_CLASSES, DIM))
+    without = bits(restored)
+    restored.load_state_dict(stage.state_dict())
+    assert_equal(bits(restored), bits(stage))
+    halved = copy.deepcopy(restored).half().whitening
+    assert halved is not None
+    assert halved.dtype == torch.float32
+    restored.load_state_dict(without)
+    assert restored.whitening is None
 
 
 def test_a_cast_reaches_the_network_and_not_the_state(stage: StageLabeler) -> None:
