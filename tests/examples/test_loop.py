@@ -197,7 +197,7 @@ def test_the_best_network_is_kept(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     chosen = [e for e in map(json.loads, lines) if e["kind"] == "selection"]
     assert [e["iteration"] for e in chosen] == [5, 10, 15, 20, 25, 30]
-    assert chosen[0]["miou"] == {"source": None, "target": 0.0}
+    assert chosen[0]["scores"] == {"source": None, "target": 0.0}
 
 
 def test_the_last_network_counts_without_evaluations(tmp_path: Path) -> None:

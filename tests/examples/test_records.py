@@ -44,7 +44,7 @@ def test_rewinding_forgets_what_came_after(tmp_path: Path) -> None:
     assert [json.loads(line)["iteration"] for line in lines] == [1, 11, 12]
     assert scalars(tmp_path) == {
         "warm-up/source": [(1, 2.5), (11, 1.5)],
-        "warm-up/mIoU of source": [(12, 0.25)],
+        "warm-up/best by source": [(12, 0.25)],
     }
 
 
@@ -60,7 +60,7 @@ def test_undefined_numbers_are_null(tmp_path: Path) -> None:
     evaluation, labels, selection = map(json.loads, text.splitlines())
     assert evaluation["miou"] is None
     assert set(labels["coverage"].values()) == {None}
-    assert selection["miou"] == {"source": None}
+    assert selection["scores"] == {"source": None}
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:

@@ -172,20 +172,21 @@ def test_synchronized_batch_norm_is_in_every_place_and_loads_elsewhere(
         torch.testing.assert_close(synced(images), plain(images))
 
 
+@pytest.mark.parametrize("name", ["source", "agreement", "density"])
 def test_a_stage_starts_from_the_best_network_of_the_one_before(
-    pair: tuple[Path, Path], tmp_path: Path
+    name: str, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     flags = ("--evaluate-every", "1", "--max-iterations", "4", "--warmup-learning-rate", "0.03")
-    tiny_run(pair, tmp_path / "run", *flags)
+    tiny_run(pair, tmp_path / "run", *flags, "--best-by", name)
     chosen = [e for e in events_of(tmp_path / "run") if e["kind"] == "selection"]
-    scores = [e["miou"]["source"] for e in chosen if e["phase"] == "warm-up"]  # type: ignore[index]
+    scores = [e["scores"][name] for e in chosen if e["phase"] == "warm-up"]  # type: ignore[index]
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "warm-up.pt")
     settings = parse_settings(["--preset", "gta5"])
     assert settings.training.best_by == "source"
     saved = parse_settings(["--preset", str(tmp_path / "run" / "settings.toml"), "--resume"])
     data, network = open_data(saved.data, Loading(0)), initial(saved)
     network.load_state_dict(parts["network"])
-    again = select(network, data=data)["source"]
+    again = select(network, data=data)[name]
     assert again == max(scores)
     stage = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-1.pt")["fixed"]["stage"]
     for name, value in parts["network"].items():

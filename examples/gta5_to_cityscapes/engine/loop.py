@@ -50,9 +50,13 @@ class TrainingSettings:
     evaluate_every: Count = 0
     """Iterations between evaluations; a phase ends with the best network.
     0 evaluates no network but the last."""
-    best_by: Literal["source", "target"] = "source"
-    """Images whose mIoU tells the best network: held-out ones of the source, or the target's
-    validation split, as in the released code, whose labels have then been used to choose."""
+    best_by: Literal[
+        "source", "target", "agreement", "flipped", "density", "information", "norm"
+    ] = "source"
+    """Score that tells the best network: the mIoU on held-out images of the source, or on the
+    target's validation split, as in the released code, whose labels have then been used to choose;
+    or on 64 training images of the target, without labels: agreement of the classifier with the
+    nearest anchors, or with itself on flipped images, density, information or nuclear norm."""
 
     def iterations(self, of_phase: int) -> int:
         """Return the length of a phase under `max_iterations`."""
@@ -90,7 +94,7 @@ class Phase:
     optimizers: Sequence[tuple[Optimizer, LRScheduler]]
     streams: Sequence[RandomStream[Any]]
     score: Callable[[Segmenter], Mapping[str, float]]
-    """mIoU by the values of `TrainingSettings.best_by`."""
+    """Scores by the values of `TrainingSettings.best_by`; the highest is the best."""
     fixed: Mapping[str, object] = field(default_factory=dict)
     """Other values that a checkpoint stores to resume the phase."""
 

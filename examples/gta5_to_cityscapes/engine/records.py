@@ -56,7 +56,7 @@ class Records:
     def selection(self, phase: str, iteration: int, scores: Mapping[str, float]) -> None:
         """Record the scores by which the best network of a phase is chosen."""
         event = {"kind": "selection", "phase": phase, "iteration": iteration}
-        self._write(event | {"miou": {name: _or_none(value) for name, value in scores.items()}})
+        self._write(event | {"scores": {name: _or_none(value) for name, value in scores.items()}})
 
     def evaluation(self, phase: str, confusion: ConfusionMatrix, names: Sequence[str]) -> None:
         """Record the scores of a network on the evaluation images, by the names of the classes."""
@@ -98,8 +98,8 @@ class Records:
             for name, value in event["terms"].items():
                 self._board.add_scalar(f"{event['phase']}/{name}", value, event["iteration"])
         elif event["kind"] == "selection":
-            for name, value in event["miou"].items():
-                tag = f"{event['phase']}/mIoU of {name}"
+            for name, value in event["scores"].items():
+                tag = f"{event['phase']}/best by {name}"
                 self._board.add_scalar(tag, _or_nan(value), event["iteration"])
         elif event["kind"] == "evaluation":
             self._evaluations += 1
