@@ -6,10 +6,11 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 
 SEED ?= 0
 
-.PHONY: help test lint types unit docs dist matrix own fuzz bench clean
+.PHONY: help test check lint types unit docs dist matrix own fuzz bench clean
 
 help:
 	@echo "make test   everything CI runs: lint, types, unit tests and doctests, docs, distribution"
+	@echo "make check  format, lint, types and the fast tests, in a minute: before every commit"
 	@echo "make docs   the documentation in build/docs, every warning an error"
 	@echo "make dist   sdist and wheel: metadata, contents, and the wheel alone running README.md"
 	@echo "make matrix the core tests with the oldest and the newest Python and torch; gigabytes"
@@ -24,6 +25,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 test: lint types unit docs dist
+
+# The numbers of the papers' code, and the core of the library.
+FAST := $(patsubst %,tests/test_%.py,words public_api golden anchors category_anchors pseudo_labels evaluation)
+check: $(VENV)/installed
+	$(BIN)/ruff format
+	$(MAKE) lint types
+	$(BIN)/pytest --quiet $(FAST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -14,9 +14,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # Pages whose blocks run here. Those of the recipes run with their stand-ins, in tests/recipes.
 PAGES = sorted(DOCS.glob("*.md"))
-LINKING = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+FOLDERS = [ROOT / name for name in ("", "benchmarks", "examples", "tests")]
+READMES = [*(folder / "README.md" for folder in FOLDERS), ROOT / "CONTRIBUTING.md"]
+LINKING = [*READMES, *sorted(DOCS.rglob("*.md"))]
 WITHOUT_BLOCKS = {
-    *("methods", "api", "index", "operators", "reproduce", "results", "your_own_data"),
+    *("architecture", "methods", "api", "index", "operators", "reproduce", "results"),
+    "your_own_data",
 }
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
