@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anchorda
 
-sys.path.insert(0, str(Path(__file__).parent))  # card, formulas, names
+sys.path.insert(0, str(Path(__file__).parent))  # card, formulas, names, synonyms
 
 project = "anchorda"
 author = "The anchorda developers"
@@ -20,6 +20,7 @@ extensions = [
     "card",
     "formulas",
     "names",
+    "synonyms",
 ]
 
 # Markdown. Headings are link targets, as they are for whoever reads the files in the repository.

@@ -3,6 +3,7 @@
 import doctest
 import operator
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ FOLDERS = [ROOT / name for name in ("", "benchmarks", "examples", "tests")]
 READMES = [*(folder / "README.md" for folder in FOLDERS), ROOT / "CONTRIBUTING.md"]
 LINKING = [*READMES, *sorted(DOCS.rglob("*.md"))]
 WITHOUT_BLOCKS = {
-    *("architecture", "methods", "api", "index", "operators", "reproduce", "results"),
-    "your_own_data",
+    *("api", "architecture", "citing", "comparison", "glossary", "index", "methods", "operators"),
+    *("reproduce", "results", "your_own_data"),
 }
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -89,6 +90,37 @@ def test_links_are_found() -> None:
     assert ("docs/results.md", "") in links_of(ROOT / "README.md")
     assert ("images/demo_margins.png", "") in links_of(DOCS / "results.md")
     assert ("operators.md", "calibration") in links_of(DOCS / "calibration.md")
+
+
+@pytest.mark.parametrize(
+    ("word", "page"),
+    [
+        ("custom datasets", "your_own_data"),
+        ("thresholds", "choosing_a_margin"),
+        ("prototypes", "anchors"),
+        ("centroids", "anchors"),
+        ("confidence", "pseudo_labels"),
+        ("source-free", "choosing_blocks"),
+        ("NaN loss", "faq"),
+        ("DDP", "distributed"),
+        ("BibTeX", "citing"),
+    ],
+)
+def test_other_words_lead_to_their_page(word: str, page: str) -> None:
+    """The search ranks first a page that the glossary gives a word for."""
+    synonyms = runpy.run_path(str(DOCS / "synonyms.py"))["synonyms"]()
+    assert word in dict(synonyms[page])
+
+
+def test_the_citation_is_that_of_the_citation_file() -> None:
+    citing = (DOCS / "citing.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version = re.search(r"^version: (.+)$", citation, re.MULTILINE)
+    year = re.search(r"^date-released: (\d{4})", citation, re.MULTILINE)
+    assert version is not None
+    assert year is not None
+    assert f"version = {{{version[1]}}}" in citing
+    assert re.search(rf"year +=\s+\{{{year[1]}\}}", citing)
 
 
 def test_every_page_is_in_a_toctree() -> None:
