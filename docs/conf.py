@@ -44,6 +44,8 @@ nitpick_ignore_regex = [
     (r"py:obj", r"anchorda\.losses"),
 ]
 
+exclude_patterns = ["README.md"]  # of the folder
+
 html_theme = "furo"
 html_title = f"anchorda {version}"
 html_math_renderer = "mathml"
