@@ -22,6 +22,7 @@ WITHOUT_BLOCKS = {
     *("api", "architecture", "citing", "comparison", "glossary", "index", "methods", "operators"),
     *("reproduce", "results", "your_own_data"),
 }
+MAX_LINE = 76  # of code in a page
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -51,6 +52,16 @@ def test_blocks_run_and_show_what_they_print(page: Path) -> None:
             test.globs = names
             doctest.DocTestRunner().run(test, out=failures.append, clear_globs=False)
     assert not failures, "".join(failures)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_of_blocks_are_short(page: Path) -> None:
+    """On a phone longer ones scroll; output is as long as it is."""
+    for block in FENCED.findall(page.read_text(encoding="utf-8")):
+        fence, *lines = block.splitlines()
+        for line in lines if fence[3:] in ("python", "pycon", "") else ():
+            is_output = fence[3:] == "pycon" and not line.startswith((">>>", "..."))
+            assert is_output or len(line) <= MAX_LINE, line
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in WITHOUT_BLOCKS], ids=name_of)
