@@ -30,12 +30,14 @@ test: lint types unit docs dist
 FAST := $(patsubst %,tests/test_%.py,words public_api golden anchors category_anchors pseudo_labels evaluation)
 check: $(VENV)/installed
 	$(BIN)/ruff format
+	$(BIN)/ruff format --line-length 76 docs/*.md
 	$(MAKE) lint types
 	$(BIN)/pytest --quiet $(FAST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/ruff format --check --line-length 76 docs/*.md
 	$(BIN)/python tests/words.py
 
 types: $(VENV)/installed
