@@ -1,6 +1,6 @@
 """One step of a stage of the example, with anchorda's blocks and with the same written by hand.
 
-    python benchmarks/step.py                                        # the small network
+    python benchmarks/step.py --preset paper                         # the small network
     python benchmarks/step.py --preset gta5                          # the paper's, best on a GPU
     python benchmarks/step.py --preset gta5 --precision bfloat16
     python benchmarks/step.py --preset gta5 --stage-batch 1          # the same on a CPU
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from classes import IGNORE, NUM_CLASSES
 from data import Data
 from engine.loop import Batch, Objective, Term, back_propagate, make_optimizer
-from method import Stage, paper_losses
+from method import Stage, stage_losses
 from networks.build import new_network
 from networks.segmenter import Segmenter, enlarge, segment
 from operators import distance_by_mask, milliseconds, nearest_by_loop, peak_bytes
@@ -135,7 +135,7 @@ def step_losses(
     augment: Callable[[Tensor], Tensor],
     weight: float,
 ) -> dict[str, Term]:
-    """Return the losses of `method.paper_losses`, with exchangeable blocks."""
+    """Return the losses of `method.stage_losses`, with exchangeable blocks."""
     source, labels, target = batch
     with torch.no_grad():
         pseudo = pseudo_labels(blocks, stage, *segment(stage.network, target))
@@ -265,7 +265,7 @@ def measure(settings: Settings) -> list[list[str]]:
     data, weight = no_images(settings), settings.stages.distance_weight
     networks = nn.ModuleDict({"network": network})
     example = Objective(
-        networks, partial(paper_losses, stage=stage, data=data, settings=settings.stages)
+        networks, partial(stage_losses, stage=stage, data=data, settings=settings.stages)
     )
     ways = {
         who: Objective(
@@ -322,8 +322,9 @@ def measure(settings: Settings) -> list[list[str]]:
 def main() -> None:
     """Print the rows."""
     settings = parse_settings(sys.argv[1:])
-    if (settings.stages.labels, settings.stages.objective) != ("both", "paper"):
-        sys.exit("This is the step with --labels both and --objective paper alone.")
+    stages = settings.stages
+    if (stages.labels, stages.objective, stages.mix) != ("both", "paper", False):
+        sys.exit("This is the step of --preset paper, gta5 or synthia alone.")
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     head = [

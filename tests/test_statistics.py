@@ -175,9 +175,12 @@ def test_discriminant_is_that_of_scikit_learn_and_the_nearest_by_mahalanobis(
     if shrinkage == 0:
         reference = LinearDiscriminantAnalysis(solver="lsqr")
         reference.fit(features.numpy(), labels.numpy())
-        expected = reference.decision_function(features.numpy()) - np.log(reference.priors_)
+        expected = reference.decision_function(features.numpy())
         # Weights of up to 4 times features of up to 10, rounded to float32. Measured: 1e-6.
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(logits, expected - np.log(reference.priors_), rtol=0, atol=1e-5)
+        counts = labels.bincount()
+        with_priors = linear_discriminant(means, covariance, priors=counts, shrinkage=0.0)
+        np.testing.assert_allclose(with_priors.logits(features), expected, rtol=0, atol=1e-5)
     variance = covariance.trace() / 6
     metric = torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * variance * torch.eye(6))
     offsets = features[:, None] - means
@@ -243,6 +246,16 @@ def test_whitening_of_a_singular_covariance() -> None:
     assert whitening_matrix(torch.full((2, 2), NAN)).isnan().all()
 
 
+def test_priors_of_several_anchors_and_of_a_class_that_never_occurs() -> None:
+    features, _, _, covariance = moments()
+    anchors = torch.randn(4, 3, 6)
+    plain = linear_discriminant(anchors, covariance).logits(features)
+    priors = torch.tensor([1.0, 0.0, 2.0, 5.0])
+    logits = linear_discriminant(anchors, covariance, priors=priors).logits(features)
+    torch.testing.assert_close(logits, plain + (priors / 8).log(), rtol=0, atol=1e-5)
+    assert (logits[:, 1] == -math.inf).all()
+
+
 def test_features_without_variance_have_the_euclidean_metric() -> None:
     anchors = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     discriminant = linear_discriminant(anchors, torch.zeros(2, 2), shrinkage=1.0)
@@ -260,6 +273,10 @@ def test_features_without_variance_have_the_euclidean_metric() -> None:
         (
             lambda: whitening_matrix(torch.ones(2, 3)),
             r"Expected `covariance` of shape \(D, D\), but",
+        ),
+        (
+            lambda: linear_discriminant(torch.ones(2, 3), torch.eye(3), priors=torch.ones(3)),
+            r"Expected `priors` of shape \(C,\) = \(2,\) to match `anchors`, but got \(3,\)",
         ),
         (
             lambda: linear_discriminant(torch.ones(2, 3), torch.eye(3), shrinkage=2.0),

@@ -1,15 +1,20 @@
-"""A stage of CAG-UDA (arXiv 1910.13049), top to bottom: anchors, margins, labels, losses.
+"""A stage, top to bottom: anchors, margins, labels, mixed images, losses.
 
-A stage starts from the network of the phase before. `begin_stage` freezes a copy of it, averages
-the source's features to one anchor for each class, and chooses the minimum margins. In each
-training step, `label_target` labels the target's pixels by the frozen network, and the trained
-network minimizes `paper_losses` or `released_losses`.
+A stage starts from the network of the phase before. `begin_stage` copies it, averages the source's
+features to one anchor for each class, and chooses the minimum margins. In each training step,
+`label_target` labels the target's pixels by the copy, `mix` pastes source pixels into the target's
+images, and the trained network minimizes `stage_losses` or `released_losses`. The copy follows the
+trained network (`--teacher`).
+
+By default the labels are those of the classifier. `--preset paper` is CAG-UDA (arXiv 1910.13049):
+labels by anchors and by probability above minimums, from a copy that is frozen, the distance loss,
+and no mixing.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import parallel
 import torch
@@ -39,46 +44,51 @@ class StageSettings:
     stage_learning_rate: Weight = 0.001
     """Learning rate at the start of each stage."""
     objective: Literal["paper", "released"] = "paper"
-    """Losses: the paper's, or as the released code computes them (anchorda.released)."""
-    labels: Literal["anchor", "probability", "both"] = "both"
-    """Labels of target pixels: by the nearest anchor, by the classifier's probability, or by both.
-    The paper's is both, with a loss for each."""
-    margin: str = "coverage:0.2,precision:0.5"
+    """Form of the losses: the paper's, or as the released code has them (anchorda.released)."""
+    labels: Literal["probability", "anchor", "agree", "rectify", "both"] = "probability"
+    """Labels of target pixels: by the classifier's probability; by the nearest anchor; where both
+    agree, or by the probability times the soft assignment to the anchors, with the anchors in the
+    metric of the features' covariance; or both label maps with a loss for each, the paper's."""
+    mix: bool = True
+    """Paste the pixels of half of the classes of a source image, with their labels, into each
+    target image (class mixing, arXiv 2007.08702)."""
+    margin: str = "0"
     """Minimum margin of anchor labels: a number for all classes,
     coverage:Q to label that part of each class's pixels on the target,
     precision:P to have that part of each class's labels right on the held-out source,
     or several of these, separated by commas, of which the highest counts."""
-    probability: Fraction = 0.95
+    probability: Fraction = 0.0
     """Minimum probability of the classifier's labels."""
-    distance_weight: Weight = 0.02
-    """Weight of the distance loss."""
+    distance_weight: Weight = 0.0
+    """Weight of the distance loss; 0 leaves it out."""
 
     def check(self) -> None:
         """Raise a ValueError that names the flags which do not fit together."""
         margin_rules(self.margin)
-        if self.objective == "released" and self.labels != "both":
-            raise ValueError("--objective released always has --labels both")
+        if self.objective == "released" and (self.labels != "both" or self.mix):
+            raise ValueError("--objective released always has --labels both and --no-mix")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """All that a stage holds fixed."""
+    """The labels of a stage."""
 
     labeler: anchorda.StageLabeler
-    """The frozen network, the anchors, and the labelers."""
+    """The copy of the network, the anchors, and the labelers."""
     counts: Tensor
     """(C,): number of source pixels that each anchor averages."""
 
     def plain(self) -> dict[str, object]:
         """Return the stage as a checkpoint holds it."""
-        return {"labeler": self.labeler.state_dict(), "counts": self.counts}
+        rule = self.labeler.rule
+        return {"labeler": self.labeler.state_dict(), "rule": rule, "counts": self.counts}
 
 
 def restore_stage(network: Segmenter, parts: Mapping[str, Any]) -> Stage:
     """Return the stage of a checkpoint; `network` has its architecture, with any weights."""
     device = next(network.parameters()).device
     anchors = torch.zeros(len(parts["counts"]), network.feature_dim, device=device)
-    labeler = anchorda.StageLabeler(network, anchors, extract=segment)
+    labeler = anchorda.StageLabeler(network, anchors, rule=parts["rule"], extract=segment)
     labeler.load_state_dict(parts["labeler"])
     if network.compiled:
         labeler.network.compile()
@@ -89,14 +99,19 @@ def restore_stage(network: Segmenter, parts: Mapping[str, Any]) -> Stage:
 
 
 def begin_stage(network: Segmenter, data: Data, settings: StageSettings) -> Stage:
-    """Freeze the network, compute the anchors on the source, and choose the minimum margins."""
-    anchors = anchorda.CategoryAnchors(len(data.classes), network.feature_dim).to(
-        data.loading.device
-    )
+    """Copy the network, compute the anchors on the source, and choose the minimum margins."""
+    shape, device = (len(data.classes), network.feature_dim), data.loading.device
+    anchors, covariance = anchorda.CategoryAnchors(*shape).to(device), None
+    if settings.labels in ("agree", "rectify"):
+        covariance = anchorda.WithinClassCovariance(*shape).to(device)
     source = each_once(data.source_whole, "anchors", data.loading)
-    labeler = anchorda.StageLabeler.from_source(network, source, anchors, extract=segment)
+    labeler = anchorda.StageLabeler.from_source(
+        network, source, anchors, covariance=covariance, extract=segment
+    )
     labeler.by_anchor = anchorda.AnchorPseudoLabeler(min_margins(labeler, data, settings.margin))
     labeler.by_probability = anchorda.ProbabilityPseudoLabeler(settings.probability)
+    if settings.labels != "both":
+        labeler.rule = settings.labels
     if network.compiled:
         labeler.network.compile()
     return Stage(labeler, anchors.counts)
@@ -166,10 +181,11 @@ def margin_rules(text: str) -> list[tuple[str, float]]:
 
 
 def label_target(stage: Stage, images: Tensor, kinds: str) -> dict[str, Tensor]:
-    """Return pseudo-label maps of target images by labeler; the paper's `kinds` is "both"."""
-    _, by_anchor, by_probability = stage.labeler(images)
-    maps = {"anchor": by_anchor.labels, "probability": by_probability.labels}
-    return maps if kinds == "both" else {kinds: maps[kinds]}
+    """Return the pseudo-label maps of target images, by `--labels`; the paper's are two."""
+    labels, by_anchor, by_probability = stage.labeler(images)
+    if kinds == "both":
+        return {"anchor": by_anchor.labels, "probability": by_probability.labels}
+    return {kinds: labels}
 
 
 def labeled_shares(stage: Stage, data: Data, kinds: str) -> dict[str, float]:
@@ -187,36 +203,92 @@ def labeled_shares(stage: Stage, data: Data, kinds: str) -> dict[str, float]:
     return dict(zip(names, (counts[1:] / counts[0]).tolist(), strict=True))
 
 
+# ------------------------------------------------------------------------------------------ mixing
+
+
+class Mixed(NamedTuple):
+    """Target images with source pixels in them."""
+
+    images: Tensor
+    pseudo: dict[str, Tensor]
+    """Label maps by labeler; those of the pasted pixels are the source's."""
+    weights: Tensor | None
+    """The class weights of the pasted pixels, and 1 elsewhere: on pseudo-labels, class weights
+    would multiply the mistakes in rare classes, which are many."""
+
+
+def mix(
+    source: Tensor,
+    labels: Tensor,
+    target: Tensor,
+    pseudo: Mapping[str, Tensor],
+    class_weight: Tensor | None,
+    num_classes: int,
+) -> Mixed:
+    """Paste half of the classes of each source image into a target image of the same size."""
+    pasted = half_of_classes(labels, num_classes)
+    images = torch.where(pasted[:, None], source, target)
+    size = next(iter(pseudo.values())).shape[1:]
+    small, pasted = (anchorda.resize_labels(x, size) for x in (labels, pasted.long()))
+    maps = {kind: torch.where(pasted == 1, small, guess) for kind, guess in pseudo.items()}
+    if class_weight is None:
+        return Mixed(images, maps, None)
+    weights = F.pad(class_weight, (0, 256 - num_classes))[small]
+    return Mixed(images, maps, torch.where(pasted == 1, weights, 1.0))
+
+
+def half_of_classes(labels: Tensor, num_classes: int) -> Tensor:
+    """Return a mask (N, H, W) of half of the classes in each label map, drawn at random."""
+    index = labels.clamp(max=num_classes).flatten(1)
+    absent = torch.ones(len(labels), num_classes + 1, device=labels.device).scatter(1, index, 0.0)
+    absent = absent[:, :-1]  # without the ignored pixels
+    place = (torch.rand_like(absent) + absent).argsort(dim=1).argsort(dim=1)
+    chosen = 2 * place < num_classes - absent.sum(dim=1, keepdim=True)
+    return F.pad(chosen, (0, 1)).gather(1, index).view_as(labels)
+
+
 # ------------------------------------------------------------------------------------------ losses
 
 
-def paper_losses(
+def stage_losses(
     networks: nn.ModuleDict, batch: Batch, *, stage: Stage, data: Data, settings: StageSettings
 ) -> dict[str, Term]:
-    """Classify both domains, and pull them to the anchors of their (pseudo-)labels."""
+    """Classify both domains, and pull them to the anchors of their (pseudo-)labels if asked to."""
     source, labels, target = batch
-    pseudo = label_target(stage, target, settings.labels)
-    network, centroids = networks["network"], stage.labeler.centroids
+    pseudo, weights = label_target(stage, target, settings.labels), None
+    if settings.mix:
+        target, pseudo, weights = mix(
+            source, labels, target, pseudo, data.class_weight, len(data.classes)
+        )
+    network, centroids, pull = (
+        networks["network"],
+        stage.labeler.centroids,
+        settings.distance_weight,
+    )
     features, logits = segment(network, data.augment(torch.cat([source, target])))
     source_features, target_features = features.split(len(source))
     source_logits, target_logits = logits.split(len(source))
     whole_logits = enlarge(network, source_logits, labels.shape[1:])
     terms = {"source": source_term(whole_logits, labels, data.class_weight)}
-
-    seen = centroids.isfinite().all(dim=1).float()
-    resized = anchorda.resize_labels(labels, features.shape[2:])
-    correct = anchorda.keep_correct(resized, source_logits)
-    pull = settings.distance_weight * anchorda.anchor_distance_loss(
-        source_features, correct, centroids
-    )
-    terms["source distance"] = Term(pull, amount(correct, seen))
+    if pull:
+        resized = anchorda.resize_labels(labels, features.shape[2:])
+        correct = anchorda.keep_correct(resized, source_logits)
+        terms["source distance"] = distance_term(source_features, correct, centroids, pull)
     for kind, guess in pseudo.items():
-        # No class weights: they would multiply the mistakes in rare classes, which are many.
-        loss = anchorda.discriminative_loss(target_logits, guess) / len(pseudo)
-        terms[f"{kind} labels"] = Term(loss, amount(guess, torch.ones_like(seen)))
-        pull = anchorda.anchor_distance_loss(target_features, guess, centroids) / len(pseudo)
-        terms[f"{kind} distance"] = Term(settings.distance_weight * pull, amount(guess, seen))
+        part = 1 / len(pseudo)
+        loss = anchorda.discriminative_loss(target_logits, guess, pixel_weights=weights)
+        terms[f"{kind} labels"] = Term(part * loss, amount(guess, torch.ones_like(centroids[:, 0])))
+        if pull:
+            distance = distance_term(target_features, guess, centroids, part * pull)
+            terms[f"{kind} distance"] = distance
     return terms
+
+
+def distance_term(features: Tensor, labels: Tensor, centroids: Tensor, weight: float) -> Term:
+    """Return the weighted distance of features to the anchors of their labels."""
+    seen = centroids.isfinite().all(dim=1).float()
+    loss = anchorda.anchor_distance_loss(features, labels, centroids)
+    return Term(weight * loss, amount(labels, seen))
 
 
 def source_term(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Term:

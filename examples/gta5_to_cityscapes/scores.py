@@ -112,5 +112,7 @@ def label_quality(stage: Stage, data: Data, kinds: str) -> dict[str, anchorda.Ps
 def margin_counts(stage: Stage, images: LabeledImages, data: Data) -> anchorda.ScoreCalibrator:
     """Return the margins of all pixels of labeled images, for the curves of other minimums."""
     old = stage.labeler
-    of_all = anchorda.StageLabeler(old.network, old.centroids, extract=old.extract)
+    of_all = anchorda.StageLabeler(
+        old.network, old.centroids, whitening=old.whitening, extract=old.extract
+    )
     return count_margins(of_all, each_once(images, "margins", data.loading))

@@ -29,9 +29,9 @@ from method import (
     begin_stage,
     label_target,
     labeled_shares,
-    paper_losses,
     released_losses,
     restore_stage,
+    stage_losses,
 )
 from networks.build import new_network
 from networks.segmenter import Segmenter
@@ -83,7 +83,7 @@ class Experiment:
         self.run.records.evaluation(phase.name, scores, names)
         parts = {
             "network": network.state_dict(),
-            "fixed": dict(phase.fixed),
+            "stored": dict(phase.stored),
             "classes": self.data.classes.plain(),
             "evaluated": list(self.data.evaluated),
         }
@@ -192,19 +192,18 @@ def train_stage(
     """Label the target and train on both domains; return the stage and a table of anchors."""
     name, training = f"stage {number}", experiment.training
     data, run = experiment.data, experiment.run
-    fixed = run.fixed(name)
-    if fixed is None:
+    stored = run.stored(name)
+    if stored is None:
         stage = begin_stage(network, data, settings)
         table = anchor_table(stage, previous, data.classes.names)
-        fixed = {"stage": stage.plain(), "health": table}
         say_labeled(name, stage, data, settings.labels)
         for kind, quality in label_quality(stage, data, settings.labels).items():
             run.records.pseudo_labels(name, kind, quality, data.classes.names)
     else:
-        stage = restore_stage(network, fixed["stage"])
+        stage, table = restore_stage(network, stored["stage"]), stored["health"]
     count = training.iterations(settings.stage_iterations)
     optimizer = make_optimizer(network, settings.stage_learning_rate, training)
-    objective = paper_losses if settings.objective == "paper" else released_losses
+    objective = stage_losses if settings.objective == "paper" else released_losses
     seed = run.settings.seed
     experiment.complete(
         Phase(
@@ -220,10 +219,19 @@ def train_stage(
                 RandomStream(data.target, (seed, number, 1)),
             ],
             score=partial(select, data=data),
-            fixed=fixed,
+            # The tensors are those of the stage: a checkpoint has the teacher of its iteration.
+            stored={"stage": stage.plain(), "health": table},
+            after_step=partial(follow, stage, network, training.teacher),
         )
     )
-    return stage, fixed["health"]
+    return stage, table
+
+
+def follow(stage: Stage, network: Segmenter, decay: float) -> None:
+    """Move the copy that labels the target towards the trained network, unless the decay is 0."""
+    if decay:
+        parallel.share_buffers(network)  # so that the copies of all processes stay equal
+        stage.labeler.follow(network, decay)
 
 
 def say_labeled(name: str, stage: Stage, data: Data, kinds: str) -> None:

@@ -69,21 +69,24 @@ class LinearDiscriminant(NamedTuple):
 
 
 def linear_discriminant(
-    anchors: Tensor, covariance: Tensor, *, shrinkage: float = 0.01
+    anchors: Tensor, covariance: Tensor, *, priors: Tensor | None = None, shrinkage: float = 0.01
 ) -> LinearDiscriminant:
     r"""Return the linear classifier that nearest anchors in the metric of a covariance amount to.
 
-    .. math:: w_k = \Sigma_s^{-1} a_k, \qquad b_k = -\frac{1}{2} a_k^\top \Sigma_s^{-1} a_k, \qquad
+    .. math:: w_k = \Sigma_s^{-1} a_k, \qquad
+              b_k = -\frac{1}{2} a_k^\top \Sigma_s^{-1} a_k + \log \pi_k, \qquad
               \Sigma_s = (1 - s)\, \Sigma + s\, \tfrac{\operatorname{tr} \Sigma}{D} I
 
-    The largest :math:`w_k^\top x + b_k` is the least Mahalanobis distance
-    :math:`(x - a_k)^\top \Sigma_s^{-1} (x - a_k)`, and with equal priors the softmax of these
-    logits is the posterior of Gaussian classes that share the covariance.
+    The softmax of the logits :math:`w_k^\top x + b_k` is the posterior of Gaussian classes that
+    share the covariance and have the priors :math:`\pi_k`. Without priors the largest logit is the
+    least Mahalanobis distance :math:`(x - a_k)^\top \Sigma_s^{-1} (x - a_k)`.
 
     Args:
         anchors: ``(C, D)``, or ``(C, M, D)`` for several of each class, floating point. A row that
             is not finite is absent, and a class without any other row unseen.
         covariance: Σ, ``(D, D)``, floating point, such as that of `WithinClassCovariance`.
+        priors: ``(C,)``, how frequent the classes are, scaled to sum 1, such as the counts of the
+            source; a class of 0 never wins. ``None`` leaves the logarithms out: equal priors.
         shrinkage: s in [0, 1]: the part of the mean variance that replaces the covariance. Channels
             without variance, as after a ReLU, need s > 0; s = 1 is the Euclidean metric.
 
@@ -121,10 +124,26 @@ def linear_discriminant(
     rows = torch.where(seen[:, None], rows, 0.0)
     weight: Tensor = torch.linalg.solve_ex(sigma.to(wide), rows.T).result.T
     bias = torch.where(seen, -(weight * rows).sum(dim=1) / 2, -torch.inf)
-    shape = anchors.shape[:-1]
+    bias = bias.reshape(anchors.shape[:-1])
+    if priors is not None:
+        logs = _log_priors(priors, anchors).to(wide)
+        bias = bias + logs.reshape(-1, *[1] * (bias.ndim - 1))
     return LinearDiscriminant(
-        weight.float().reshape(anchors.shape).to(device), bias.float().reshape(shape).to(device)
+        weight.float().reshape(anchors.shape).to(device), bias.float().to(device)
     )
+
+
+def _log_priors(priors: Tensor, anchors: Tensor) -> Tensor:
+    """Return the logarithms (C,) of priors, scaled to sum 1, in float64."""
+    check_tensor(priors, "priors")
+    if priors.ndim != 1 or len(priors) != len(anchors):
+        raise ValueError(
+            f"Expected `priors` of shape (C,) = ({len(anchors)},) to match `anchors`, but got "
+            f"{tuple(priors.shape)}. Pass the counts of the classes."
+        )
+    check_device(priors, "priors", anchors, "anchors")
+    shares = priors.detach().to(torch.float64 if has_float64(priors.device) else torch.float32)
+    return (shares / shares.sum()).log()
 
 
 def whitening_matrix(covariance: Tensor, *, shrinkage: float = 0.01) -> Tensor:

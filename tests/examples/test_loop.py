@@ -76,7 +76,7 @@ def phase_of(
 
 def trained(phase: Phase, run: Run, **settings: Any) -> Tensor:  # noqa: ANN401
     try:
-        train(phase, TrainingSettings(**settings), run)
+        train(phase, TrainingSettings(**{"teacher": 0.0, **settings}), run)
     finally:
         run.records.close()
     network = phase.networks["network"]

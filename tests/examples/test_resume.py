@@ -84,7 +84,7 @@ def result_of(output: Path) -> tuple[str, dict[str, torch.Tensor]]:
         if path.name != "unfinished.pt":
             parts = load_checkpoint(path)
             flat = parts["network"] | {"confusion": parts["confusion"]}
-            flat |= parts["fixed"].get("stage", {}).get("labeler", {})
+            flat |= parts["stored"].get("stage", {}).get("labeler", {})
             tensors |= {f"{path.name}: {name}": value for name, value in flat.items()}
     return (output / "metrics.jsonl").read_text(), tensors
 

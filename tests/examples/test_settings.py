@@ -48,14 +48,28 @@ def test_presets_are_the_published_settings(preset: str) -> None:
         "optimizer": "sgd",
         "weight_decay": 2e-4,
         "rise": 0.0,
+        "teacher": 0.0,
         "labels": "both",
+        "mix": False,
         "margin": "2.5",
         "probability": 0.95,
         "distance_weight": 0.7,
     }
     plain = settings.plain()
     assert {name: plain[name] for name in expected} == expected
-    assert {path.stem for path in PRESETS.glob("*.toml")} == {"gta5", "synthia"}
+    assert {path.stem for path in PRESETS.glob("*.toml")} == {"gta5", "paper", "synthia"}
+
+
+def test_the_paper_preset_is_of_the_stages_alone() -> None:
+    default, paper = (parse_settings(flags).plain() for flags in ([], ["--preset", "paper"]))
+    assert {name: paper[name] for name in paper if paper[name] != default[name]} == {
+        "labels": "both",
+        "mix": False,
+        "margin": "coverage:0.2,precision:0.5",
+        "probability": 0.95,
+        "distance_weight": 0.02,
+        "teacher": 0.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,10 @@ def test_presets_are_the_published_settings(preset: str) -> None:
         ("crop = [1, 2, 3]", "crop cannot be [1, 2, 3]"),
         ("crop = 128", "crop cannot be 128"),
         ('labels = "none"', "labels cannot be 'none'"),
-        ('labels = "none"', "Expected one of ('anchor', 'probability', 'both')"),
+        (
+            'labels = "none"',
+            "Expected one of ('probability', 'anchor', 'agree', 'rectify', 'both')",
+        ),
         ("baseline = 1", "baseline cannot be 1"),
         ("seed = ", "is not a TOML file"),
     ],
@@ -88,7 +105,10 @@ def test_a_wrong_preset_is_named(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--preset", "gta"], "there is no preset 'gta': expected gta5, synthia, or a TOML file"),
+        (
+            ["--preset", "gta"],
+            "there is no preset 'gta': expected gta5, paper, synthia, or a TOML file",
+        ),
         (["--source", "x"], "--source and --target belong together: give both, or neither"),
         (["--stage-iterations", "0"], "--stage-iterations: expected a number of at least 1"),
         (["--stages", "-1"], "--stages: expected a number of at least 0, got -1"),
@@ -118,8 +138,8 @@ def test_a_wrong_preset_is_named(
         (["--warmup-checkpoint", "nowhere.pt"], "there is no warm-up checkpoint nowhere.pt"),
         (["--batch-norm", "sync"], "--batch-norm sync works on GPUs alone"),
         (
-            ["--objective", "released", "--labels", "anchor"],
-            "--objective released always has --labels both",
+            ["--objective", "released", "--labels", "both"],
+            "--objective released always has --labels both and --no-mix",
         ),
         (["--stage-iter", "5"], "Unrecognized options: --stage-iter"),
         (["--labels", "none"], "invalid choice 'none' for argument '--labels'"),

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import train
-from classes import CLASS_NAMES, NUM_CLASSES
+from classes import CLASS_NAMES, IGNORE, NUM_CLASSES
 from data import Data, open_data
 from engine.files import load_checkpoint, save_checkpoint
 from engine.loop import TrainingSettings, make_optimizer, scheduled
-from method import begin_stage, restore_stage
+from method import begin_stage, mix, restore_stage
 from networks.build import new_network
 from networks.segmenter import Segmenter
 from networks.small import SmallSegmenter
@@ -78,9 +78,7 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
         *(("stage 1", 1), ("stage 2", 1)),
     ]
     labelers = [(e["phase"], e["labeler"]) for e in events if e["kind"] == "pseudo-labels"]
-    assert labelers == [
-        (f"stage {k}", labeler) for k in (1, 2) for labeler in ("anchor", "probability")
-    ]
+    assert labelers == [("stage 1", "probability"), ("stage 2", "probability")]
     left = {path.relative_to(tmp_path / "run").as_posix() for path in tmp_path.rglob("*.*")}
     assert left >= {
         "metrics.jsonl",
@@ -102,14 +100,67 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
     assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
     # A stage's labeler can be had back from its checkpoint alone.
     parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
-    stage = restore_stage(SmallSegmenter(NUM_CLASSES), parts["fixed"]["stage"])
+    stage = restore_stage(SmallSegmenter(NUM_CLASSES), parts["stored"]["stage"])
     assert stage.labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
 
 
-@pytest.mark.parametrize("labels", ["anchor", "probability"])
-def test_one_kind_of_labels(labels: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    events = run(pair, tmp_path / "run", "--labels", labels, "--margin", "0.001")
-    assert {e["labeler"] for e in events if e["kind"] == "pseudo-labels"} == {labels}
+@pytest.mark.parametrize("labels", ["anchor", "agree", "rectify", "both"])
+def test_other_labels_without_mixing(labels: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ["--labels", labels, "--no-mix", "--distance-weight", "0.1"]
+    events = run(pair, tmp_path / "run", *flags)
+    kinds = ["anchor", "probability"] if labels == "both" else [labels]
+    labelers = [e["labeler"] for e in events if e["kind"] == "pseudo-labels"]
+    assert labelers == 2 * kinds
+    terms = [e["terms"] for e in events if e["kind"] == "losses" and e["phase"] == "stage 2"]
+    assert isinstance(terms[0], dict)
+    of_target = {f"{kind} {what}" for kind in kinds for what in ("labels", "distance")}
+    assert terms[0].keys() == {"source", "source distance", *of_target}
+
+
+def test_half_of_the_classes_of_an_image_are_pasted() -> None:
+    labels = torch.tensor([[[0, 0, 1], [2, 4, IGNORE]], [[3, 3, 3], [3, IGNORE, 3]]])
+    source, target = torch.ones(2, 3, 4, 6), torch.zeros(2, 3, 4, 6)
+    whole = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    guess = {"probability": torch.full((2, 2, 3), 1)}
+    weight = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
+    drawn = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        mixed = mix(source, whole, target, guess, weight, num_classes=5)
+        pasted = mixed.images[:, 0, ::2, ::2] == 1
+        assert torch.equal(
+            mixed.images,
+            pasted[:, None]
+            .repeat_interleave(2, 2)
+            .repeat_interleave(2, 3)
+            .expand(-1, 3, -1, -1)
+            .float(),
+        )
+        first, second = labels[0][pasted[0]].unique().tolist(), labels[1][pasted[1]].tolist()
+        assert len(first) == 2  # of four; a class is pasted whole or not at all
+        assert (pasted[0] == torch.isin(labels[0], torch.tensor(first))).all()
+        assert second == 5 * [3]
+        assert torch.equal(mixed.pseudo["probability"], torch.where(pasted, labels, 1))
+        assert mixed.weights is not None
+        assert torch.equal(mixed.weights, torch.where(pasted, weight[labels.clamp(max=4)], 1.0))
+        drawn |= {*first}
+    assert drawn == {0, 1, 2, 4}
+
+
+def test_the_teacher_follows_the_trained_network(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for name, decay in (("frozen", "0"), ("moving", "0.5")):
+        flags = ["--stages", "1", "--stage-iterations", "1", "--teacher", decay]
+        run(pair, tmp_path / name, *flags)
+        before = network_of(tmp_path / name, "warm-up")
+        parts = load_checkpoint(tmp_path / name / "checkpoints" / "stage-1.pt")
+        teacher = restore_stage(SmallSegmenter(NUM_CLASSES), parts["stored"]["stage"]).labeler
+        weights = dict(teacher.network.named_parameters())
+        if name == "frozen":
+            assert all(torch.equal(value, before[key]) for key, value in weights.items())
+        else:  # halfway to what the stage ends with: the average of a single step
+            for key, value in weights.items():
+                expected = (before[key] + parts["network"][key]) / 2
+                torch.testing.assert_close(value.detach(), expected, msg=key)
 
 
 def test_target_training_labels_do_not_reach_training(

@@ -1,7 +1,7 @@
 """The loop of one phase, whatever its losses: gradients, the best network, resuming.
 
 A checkpoint holds all that an iteration depends on: networks, optimizers, schedules, scaler,
-teacher, the best network so far, and what the phase holds fixed. It holds no random state, because
+teacher, the best network so far, and what else the phase stores. It holds no random state, because
 all random numbers of an iteration depend on the iteration's number alone (see `streams`).
 """
 
@@ -44,9 +44,10 @@ class TrainingSettings:
     """Parts in which the gradient of a batch is computed, one after the other, to save memory."""
     max_iterations: Count = 0
     """Maximum iterations of every phase; 0 sets none."""
-    teacher: Fraction = 0.0
-    """Decay of a moving average of the weights, with which a phase ends.
-    0 ends with the weights themselves."""
+    teacher: Fraction = 0.99
+    """Decay of a moving average of the weights, with which a phase ends, and which labels the
+    target in a stage. 0 ends with the weights themselves, and a stage's labels are those of the
+    network that it begins with."""
     evaluate_every: Count = 0
     """Iterations between evaluations; a phase ends with the best network.
     0 evaluates no network but the last."""
@@ -95,8 +96,10 @@ class Phase:
     streams: Sequence[RandomStream[Any]]
     score: Callable[[Segmenter], Mapping[str, float]]
     """Scores by the values of `TrainingSettings.best_by`; the highest is the best."""
-    fixed: Mapping[str, object] = field(default_factory=dict)
+    stored: Mapping[str, object] = field(default_factory=dict)
     """Other values that a checkpoint stores to resume the phase."""
+    after_step: Callable[[], object] = lambda: None
+    """What is called after each step, such as an update of what `losses` refers to."""
 
 
 def make_optimizer(
@@ -247,6 +250,7 @@ class _State:
         self.scaler.update()
         for _, schedule in self.phase.optimizers:
             schedule.step()
+        self.phase.after_step()
         if self.teacher is not None:
             self.teacher.update_parameters(self.network)
         self.iteration = iteration
@@ -292,7 +296,7 @@ class _State:
             "scaler": self.scaler.state_dict(),
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "best": self.best,
-            "fixed": dict(self.phase.fixed),
+            "stored": dict(self.phase.stored),
         }
 
     def load(self, parts: Mapping[str, Any]) -> None:

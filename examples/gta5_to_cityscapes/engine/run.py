@@ -90,10 +90,10 @@ class Run:
         parts = self._load(path)
         return parts if parts["phase"] == phase else None
 
-    def fixed(self, phase: str) -> dict[str, Any] | None:
-        """Return `Phase.fixed` of a phase that has been begun."""
+    def stored(self, phase: str) -> dict[str, Any] | None:
+        """Return `Phase.stored` of a phase that has been begun."""
         parts = self.finished(phase) or self.unfinished(phase)
-        return None if parts is None else parts["fixed"]
+        return None if parts is None else parts["stored"]
 
     def finish(self, phase: str, parts: Mapping[str, object]) -> None:
         """Save the checkpoint of a finished phase."""
@@ -110,7 +110,7 @@ class Run:
             parts = load_checkpoint(path)
         except ValueError as error:
             raise ResumeError(f"{error} {fix}") from error
-        missing = [name for name in ("phase", "metrics_size", "fixed") if name not in parts]
+        missing = [name for name in ("phase", "metrics_size", "stored") if name not in parts]
         if missing:
             raise ResumeError(f"{path} is no checkpoint of a phase: it lacks {missing}. {fix}")
         return parts
