@@ -35,6 +35,7 @@ from image_folders import IGNORE, Batch, Data, DataError, Domain, open_data
 
 MARK = 256  # added to pseudo-labels, to tell them from pasted true labels
 DECAY = 0.98  # of moving averages of the weights
+SURE = 0.968  # probability of a sure label (arXiv 2007.08702)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +177,14 @@ def freeze(network: nn.Module, data: Data, options: Options) -> anchorda.StageLa
 
 
 def label_all(network: nn.Module, data: Data, options: Options) -> Label:
-    """Begin to label every target pixel; all labels weigh the same."""
+    """Begin to label every target pixel; the labels weigh as much as part of them is sure."""
     stage = freeze(network, data, options)
 
     def label(network: nn.Module, target: Tensor) -> Batch:
         if options.teacher == "average":
             stage.follow(network, DECAY)
-        labels = stage(target).labels
-        return labels, torch.ones(labels.shape, device=labels.device)
+        labels, _, (_, scores) = stage(target)
+        return labels, (scores > SURE).float().mean().expand(labels.shape)
 
     return label
 

@@ -1294,14 +1294,16 @@ def _(d: Draw) -> Steps:
             thaw()
     result = stage(images)
     yield
-    fits = a["extract"] == "both" or (
+    fits = a["extract"] in ("both", "views") or (
         a["extract"] == "exchanged" and a["num_classes"] == a["feature_dim"]
     )
     if a["batch"] not in ("pair", "list") or not fits:
         raise FaultError(f"accepted {a['batch']} and {a['extract']}")
     network = copy.deepcopy(a["network"]).eval()
     with torch.no_grad():
-        features, logits = network(a["images"])[:: 1 if a["extract"] == "both" else -1]
+        features, logits = extract(network, a["images"])
+        if a["rule"] == "rectify":
+            logits = stage.probabilities(a["images"]).log()
     close(result.by_probability.scores, logits.softmax(1).amax(1).numpy())
     if result.labels.shape != (features.shape[0], *features.shape[2:]):
         raise FaultError(f"labels {tuple(result.labels.shape)}")
