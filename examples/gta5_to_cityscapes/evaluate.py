@@ -36,7 +36,7 @@ from readers import (
     folder_target,
     read_labels,
 )
-from report import iou_table, mean_iou, save_rows
+from report import draw_rows, iou_table, mean_iou, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -268,7 +268,7 @@ def evaluate(trained: Trained, settings: Settings) -> None:
 
     if rows:
         titles = ("image", "truth", "prediction") if labeled else ("image", "prediction")
-        save_rows(settings.output / "pictures.png", titles, rows, trained.classes)
+        save(draw_rows(titles, rows, trained.classes), settings.output / "pictures.png")
     if labeled:
         scores = scores_of(confusion, settings, trained)
         table = iou_table({"IoU": confusion}, trained.evaluated, trained.classes.names)

@@ -1,7 +1,7 @@
 """Tables and pictures by which a person judges a run.
 
-Pictures are drawn on figures of their own, without pyplot: no display, no global state. Each is
-written beside its place and then renamed, so it is whole or it is not there.
+Pictures are figures of their own, without pyplot: no display, no global state. `save` writes one
+under another name and then renames it, so that the file is whole or not there.
 """
 
 import json
@@ -76,14 +76,13 @@ def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def save_rows(
-    path: Path,
+def draw_rows(
     titles: Sequence[str],
     rows: Sequence[tuple[Tensor, Sequence[Tensor]]],
     classes: Classes = STREET,
-) -> None:
+) -> Figure:
     """Draw rows of an image (3, H, W) in [0, 1] and its maps of train ids; below, a legend."""
-    palette = classes.palette()
+    colors = [tuple(color) for color in (classes.palette() / 255).tolist()]
     handles = _class_patches((labels for _, maps in rows for labels in maps), classes)
     # In inches. Boxes of the images' shapes, so that nothing has to be stretched or padded.
     box, gap, head = 3.0, 0.05, 0.32
@@ -105,14 +104,13 @@ def save_rows(
     for places, (image, maps) in zip(grid, rows, strict=True):
         places[0].imshow(image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), aspect="auto")
         for axes, labels in zip(places[1:], maps, strict=True):
-            axes.imshow(
-                palette[_train_ids(labels, len(classes))], interpolation="nearest", aspect="auto"
-            )
+            ids = torch.from_numpy(_train_ids(labels, len(classes)))
+            plots.plot_labels(axes, ids, colors=colors).set_aspect("auto")
     figure.legend(
         handles=handles, loc="lower center", ncols=legend_columns, frameon=False, fontsize=11,
         handlelength=1.3, handleheight=1.0, columnspacing=1.4, borderaxespad=0.1,
     )  # fmt: skip
-    _save(figure, path)
+    return figure
 
 
 def _train_ids(labels: Tensor, num_classes: int) -> NDArray[np.int64]:
@@ -133,7 +131,7 @@ def _class_patches(label_maps: Iterable[Tensor], classes: Classes) -> list[Patch
     return [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
 
 
-def save_curves(path: Path, metrics: Path) -> None:
+def draw_curves(metrics: Path) -> Figure:
     """Draw the losses of all phases one after the other, and the mean IoU after each phase.
 
     Raises:
@@ -144,7 +142,7 @@ def save_curves(path: Path, metrics: Path) -> None:
     losses, mious = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_losses(losses, read.losses)
     _draw_mious(mious, read.mious)
-    _save(figure, path)
+    return figure
 
 
 def _draw_losses(axes: Axes, losses: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
@@ -196,29 +194,27 @@ def _draw_mious(axes: Axes, mious: Mapping[str, float]) -> None:
     axes.grid(axis="y", color=_FAINT, linewidth=0.5)
 
 
-def save_anchor_distances(
-    path: Path, centroids: Tensor, class_names: Sequence[str] = CLASS_NAMES
-) -> None:
-    """Draw the distances between the anchors (C, D) of the seen classes, if two are."""
+def draw_anchor_distances(
+    centroids: Tensor, class_names: Sequence[str] = CLASS_NAMES
+) -> Figure | None:
+    """Draw the distances between the anchors (C, D) of the seen classes; None if fewer than two."""
     seen = int(centroids.isfinite().all(dim=1).sum())
     if seen < 2:
-        return
+        return None
     size = 2.5 + 0.42 * seen
     figure = Figure((size + 1, size), dpi=_DPI, layout="constrained")
     plots.plot_anchor_distances(figure.subplots(), centroids, class_names=class_names)
-    _save(figure, path)
+    return figure
 
 
-def save_margin_curves(
-    path: Path,
+def draw_margin_curves(
     margins: Mapping[str, ScoreCalibrator],
     minimum: Tensor,
     class_names: Sequence[str] = CLASS_NAMES,
-) -> None:
+) -> Figure:
     """Draw precision against coverage of each class's labels as its minimum margin rises.
 
     Args:
-        path: The picture.
         margins: The margins by domain.
         minimum: () or (C,), the minimum that was used: a dot on each curve.
         class_names: Of all classes.
@@ -249,7 +245,7 @@ def save_margin_curves(
     figure.supylabel("precision (%)", fontsize=10)
     handles = [Patch(color=f"C{index}", label=domain) for index, domain in enumerate(curves)]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+    return figure
 
 
 class Quality(NamedTuple):
@@ -259,11 +255,11 @@ class Quality(NamedTuple):
     precision: Mapping[str, float]
 
 
-def save_label_quality(path: Path, metrics: Path) -> bool:
+def draw_label_quality(metrics: Path) -> Figure | None:
     """Draw coverage and precision of the pseudo-labels per class, by stage and labeler.
 
     Returns:
-        True if there was anything to draw; otherwise nothing is written.
+        The figure; None without pseudo-labels whose truth is known.
 
     Raises:
         ValueError: If a line of `metrics` is malformed; the message names file and line.
@@ -273,7 +269,7 @@ def save_label_quality(path: Path, metrics: Path) -> bool:
     every = dict.fromkeys(name for part in parts for name in part)
     names = [n for n in every if any(not math.isnan(part.get(n, math.nan)) for part in parts)]
     if not names:
-        return False
+        return None
     labelers = list(dict.fromkeys(labeler for labeler, _ in qualities))
     phases = list(dict.fromkeys(phase for _, phase in qualities))
     size = (1.8 + 3.4 * len(phases), 0.9 + len(labelers) * (0.7 + 0.26 * len(names)))
@@ -289,8 +285,7 @@ def save_label_quality(path: Path, metrics: Path) -> bool:
         axes.set_xlabel("percent")
     handles = [Patch(color=f"C{index}", label=name) for index, name in enumerate(Quality._fields)]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
-    return True
+    return figure
 
 
 def _draw_quality(axes: Axes, quality: Quality, names: Sequence[str]) -> None:
@@ -347,5 +342,6 @@ def _numbers(values: dict[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

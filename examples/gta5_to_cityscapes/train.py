@@ -23,6 +23,7 @@ from data import Data, DataSettings, check_content, open_data
 from engine.files import load_finished, write_text
 from engine.loop import Losses, Phase, TrainingSettings, make_optimizer, scheduled, train
 from engine.run import ResumeError, Run
+from matplotlib.figure import Figure
 from method import (
     Stage,
     StageSettings,
@@ -37,12 +38,13 @@ from networks.build import new_network
 from networks.segmenter import Segmenter
 from readers import DatasetError
 from report import (
+    draw_anchor_distances,
+    draw_curves,
+    draw_label_quality,
+    draw_margin_curves,
+    draw_rows,
     iou_table,
-    save_anchor_distances,
-    save_curves,
-    save_label_quality,
-    save_margin_curves,
-    save_rows,
+    save,
 )
 from scores import evaluate, label_quality, margin_counts, predict, select
 from settings import parse_settings
@@ -121,11 +123,11 @@ def adapt(arguments: list[str] | None = None) -> Path:
     for number in range(1, settings.stages.stages + 1):
         stage, table = train_stage(number, stage, network, experiment, settings.stages)
         tables.append(f"stage {number}\n{table}\n")
-    run.records.close()
 
     stage = stage or begin_stage(network, data, settings.stages)
     networks = {"warm-up": warm, "adapted": network.eval()}
     folder = write_report(experiment, networks, stage, settings.stages.labels)
+    run.records.close()
     if parallel.is_main():
         write_text(folder / "anchors.txt", "\n".join(tables))
     return folder
@@ -201,6 +203,9 @@ def train_stage(
             run.records.pseudo_labels(name, kind, quality, data.classes.names)
     else:
         stage, table = restore_stage(network, stored["stage"]), stored["health"]
+    distances = draw_anchor_distances(stage.labeler.centroids, data.classes.names)
+    if distances is not None:
+        run.records.figure("anchor distances", distances, number)
     count = training.iterations(settings.stage_iterations)
     optimizer = make_optimizer(network, settings.stage_learning_rate, training)
     objective = stage_losses if settings.objective == "paper" else released_losses
@@ -267,22 +272,27 @@ def write_report(
     run, data = experiment.run, experiment.data
     folder, metrics = run.settings.output / "report", run.settings.output / "metrics.jsonl"
     names = data.classes.names
-    if parallel.is_main():
-        folder.mkdir(exist_ok=True)
-        write_text(folder / "iou.txt", iou_table(experiment.scores, data.evaluated, names) + "\n")
-        draw_panels(folder, networks, stage, data, kinds)
-        save_curves(folder / "curves.png", metrics)
-        save_label_quality(folder / "label_quality.png", metrics)
-        centroids = stage.labeler.centroids.cpu()
-        save_anchor_distances(folder / "anchor_distances.png", centroids, names)
-    draw_margins(folder, stage, data)
+    margins = margins_by_domain(stage, data)
+    if not parallel.is_main():
+        return folder
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "iou.txt", iou_table(experiment.scores, data.evaluated, names) + "\n")
+    figures = {
+        "panels": draw_panels(networks, stage, data, kinds),
+        "curves": draw_curves(metrics),
+        "label_quality": draw_label_quality(metrics),
+        "anchor_distances": draw_anchor_distances(stage.labeler.centroids.cpu(), names),
+        "margins": draw_margin_curves(margins, stage.labeler.by_anchor.min_margin, names),
+    }
+    for title, figure in figures.items():
+        if figure is not None:
+            save(figure, folder / f"{title}.png")
+            run.records.figure(f"report/{title}", figure)
     return folder
 
 
-def draw_panels(
-    folder: Path, networks: Mapping[str, Segmenter], stage: Stage, data: Data, kinds: str
-) -> None:
-    """Four images: truth, if it is known, predictions of the networks, and last pseudo-labels."""
+def draw_panels(networks: Mapping[str, Segmenter], stage: Stage, data: Data, kinds: str) -> Figure:
+    """Draw four images: truth, if known, predictions of the networks, and last pseudo-labels."""
     scored = len(data.evaluation) > 0
     images = data.evaluation if scored else data.target_whole
     rows = []
@@ -296,19 +306,16 @@ def draw_panels(
         pseudo = anchorda.combine_pseudo_labels(maps[0], maps[-1], "union")[0]
         rows.append((image, [*truth, *predictions, pseudo]))
     titles = ["image", *(["truth"] if scored else []), *networks, "last pseudo-labels"]
-    save_rows(folder / "panels.png", titles, rows, data.classes)
+    return draw_rows(titles, rows, data.classes)
 
 
-def draw_margins(folder: Path, stage: Stage, data: Data) -> None:
-    """The curves of other minimum margins, which all processes count together."""
-    margins = {
+def margins_by_domain(stage: Stage, data: Data) -> dict[str, anchorda.ScoreCalibrator]:
+    """Return the margins of both domains, as far as their truth is known, of all processes."""
+    return {
         domain: margin_counts(stage, images, data)
         for domain, images in (("held-out source", data.held_out), ("target", data.analysis))
         if images is not None
     }
-    if parallel.is_main():
-        minimum = stage.labeler.by_anchor.min_margin
-        save_margin_curves(folder / "margins.png", margins, minimum, data.classes.names)
 
 
 def main() -> None:

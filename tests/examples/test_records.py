@@ -9,11 +9,12 @@ import torch
 from classes import CLASS_NAMES, NUM_CLASSES
 from engine.files import load_checkpoint, save_checkpoint, write_atomically, write_text
 from engine.records import Records
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
 
-from anchorda import ConfusionMatrix, PseudoLabelQuality
+from anchorda import ConfusionMatrix, PseudoLabelQuality, plots
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -61,6 +62,20 @@ def test_undefined_numbers_are_null(tmp_path: Path) -> None:
     assert evaluation["miou"] is None
     assert set(labels["coverage"].values()) == {None}
     assert selection["scores"] == {"source": None}
+
+
+def test_a_figure_is_an_image_in_tensorboard(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    records.rewind(0)
+    figure = Figure((2, 1), dpi=50)
+    plots.plot_anchor_distances(figure.subplots(), torch.eye(3))
+    records.figure("anchor distances", figure, 2)
+    records.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (image,) = board.Images("anchor distances")
+    assert (image.step, image.width, image.height) == (2, 100, 50)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:

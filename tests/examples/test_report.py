@@ -56,8 +56,8 @@ def panel(height: int, width: int, **labels: int) -> tuple[Tensor, list[Tensor]]
     return torch.full((3, height, width), 0.5), maps
 
 
-def save_panels(folder: Path, *rows: tuple[Tensor, list[Tensor]]) -> None:
-    report.save_rows(folder, ("image", *MAPS), rows)
+def save_panels(path: Path, *rows: tuple[Tensor, list[Tensor]]) -> None:
+    report.save(report.draw_rows(("image", *MAPS), rows), path)
 
 
 def pixels(path: Path) -> NDArray[np.uint8]:
@@ -75,18 +75,13 @@ def margins(*right: float) -> ScoreCalibrator:
     return calibrator
 
 
-PICTURES: list[Callable[[Path], object]] = [
-    lambda folder: save_panels(folder / "picture.png", panel(12, 16, truth=3)),
-    lambda folder: report.save_curves(folder / "picture.png", write_metrics(folder, *LINES)),
-    lambda folder: report.save_anchor_distances(folder / "picture.png", anchors([0, 4, 18])),
-    lambda folder: report.save_label_quality(folder / "picture.png", write_metrics(folder, *LINES)),
-    lambda folder: report.save_margin_curves(
-        folder / "picture.png", {"source": margins(0, 1, 1)}, torch.tensor(1.5)
-    ),
+PICTURES: list[Callable[[Path], Figure | None]] = [
+    lambda folder: report.draw_rows(("image", *MAPS), [panel(12, 16, truth=3)]),
+    lambda folder: report.draw_curves(write_metrics(folder, *LINES)),
+    lambda folder: report.draw_anchor_distances(anchors([0, 4, 18])),
+    lambda folder: report.draw_label_quality(write_metrics(folder, *LINES)),
+    lambda folder: report.draw_margin_curves({"source": margins(0, 1, 1)}, torch.tensor(1.5)),
 ]
-each_picture = pytest.mark.parametrize(
-    "save", PICTURES, ids=["panels", "curves", "anchors", "quality", "margins"]
-)
 
 
 def confusion(counts: dict[tuple[int, int], int]) -> ConfusionMatrix:
@@ -128,16 +123,21 @@ def test_table_of_synthia_has_both_of_its_means() -> None:
     assert report.mean_iou(some, range(NUM_CLASSES)) == some.mean_iou().item()
 
 
-@each_picture
-def test_picture_is_readable_and_alone(save: Callable[[Path], object], tmp_path: Path) -> None:
-    save(tmp_path)
+@pytest.mark.parametrize(
+    "draw", PICTURES, ids=["panels", "curves", "anchors", "quality", "margins"]
+)
+def test_picture_is_readable_and_alone(
+    draw: Callable[[Path], Figure | None], tmp_path: Path
+) -> None:
+    figure = draw(tmp_path)
+    assert figure is not None
+    report.save(figure, tmp_path / "picture.png")
     assert pixels(tmp_path / "picture.png").std() > 0
     assert {path.name for path in tmp_path.iterdir()} <= {"picture.png", "metrics.jsonl"}
 
 
-@each_picture
 def test_failed_picture_leaves_what_was_there(
-    save: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Figure, path: Path, **__: object) -> None:
         path.write_bytes(b"half a picture")
@@ -146,9 +146,9 @@ def test_failed_picture_leaves_what_was_there(
     (tmp_path / "picture.png").write_bytes(b"before")
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        save(tmp_path)
+        report.save(Figure(), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes() == b"before"
-    assert {path.name for path in tmp_path.iterdir()} <= {"picture.png", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"picture.png"}
 
 
 @pytest.mark.parametrize(
@@ -192,26 +192,17 @@ def test_panel_fills_its_box_whatever_the_resolution_of_the_pseudo_labels(tmp_pa
     assert middle.sum() / box == pytest.approx(0.5, rel=0.05)
 
 
-def test_legend_names_the_classes_that_occur_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: names.extend(legend_of(figure)))
-    save_panels(tmp_path / "panels.png", panel(8, 8, truth=0), panel(8, 8, pseudo=11))
-    assert names == ["road", "person", "ignored"]
+def test_legend_names_the_classes_that_occur_and_no_other() -> None:
+    figure = report.draw_rows(("image", *MAPS), [panel(8, 8, truth=0), panel(8, 8, pseudo=11)])
+    assert legend_of(figure) == ["road", "person", "ignored"]
 
 
 def legend_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_curves_put_the_phases_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
-    report.save_curves(tmp_path / "curves.png", write_metrics(tmp_path, *LINES))
-    losses, mious = figures[0].axes
+def test_curves_put_the_phases_one_after_the_other(tmp_path: Path) -> None:
+    losses, mious = report.draw_curves(write_metrics(tmp_path, *LINES)).axes
     lines = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in losses.lines]
     (raw,) = [x for x, y in lines[::2] if len(x) == 20 and (y == 2).all()]
     assert raw.tolist() == list(range(21, 41))  # "pseudo" begins where the warm-up ends
@@ -229,32 +220,24 @@ def test_running_mean_is_centered_and_shrinks_at_the_ends() -> None:
     assert report._running_mean(ramp[:1]).tolist() == [0.0]
 
 
-def test_anchor_distances_show_the_seen_classes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
-    report.save_anchor_distances(tmp_path / "anchors.png", anchors([0, 4, 18]))
-    axes = figures[0].axes[0]
+def test_anchor_distances_show_the_seen_classes() -> None:
+    figure = report.draw_anchor_distances(anchors([0, 4, 18]))
+    assert figure is not None
+    axes = figure.axes[0]
     for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert {text.get_text() for text in ticks} == {"road", "fence", "bicycle"}
     # Rows (0, 1, 2, 3), (4, 5, 6, 7), ...: neighbors are 4 · √4 apart.
     assert {float(text.get_text()) for text in axes.texts} == {8.0, 16.0}
 
 
-def test_one_seen_anchor_has_no_distances_to_draw(tmp_path: Path) -> None:
-    report.save_anchor_distances(tmp_path / "anchors.png", anchors([7]))
-    assert not list(tmp_path.iterdir())
+def test_one_seen_anchor_has_no_distances_to_draw() -> None:
+    assert report.draw_anchor_distances(anchors([7])) is None
 
 
-def test_margin_curves_mark_the_minimum_that_was_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+def test_margin_curves_mark_the_minimum_that_was_used() -> None:
     both = {"source": margins(0, 0, 1, 1), "target": margins(0, 1, 0, 1)}
-    report.save_margin_curves(tmp_path / "margins.png", both, torch.tensor(1.5))
-    axes = [a for a in figures[0].axes if a.get_title()]
+    figure = report.draw_margin_curves(both, torch.tensor(1.5))
+    axes = [a for a in figure.axes if a.get_title()]
     assert [a.get_title() for a in axes] == ["road"]
     source, its_dot, target, its_other_dot = (
         [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())] for line in axes[0].lines
@@ -263,21 +246,17 @@ def test_margin_curves_mark_the_minimum_that_was_used(
     for dot in (its_dot, its_other_dot):
         np.testing.assert_allclose(dot, [(75.0, 200 / 3)])
     assert (25.0, 100.0) in target
-    assert legend_of(figures[0]) == ["source", "target"]
+    assert legend_of(figure) == ["source", "target"]
     none = torch.full((NUM_CLASSES,), math.inf)
-    report.save_margin_curves(tmp_path / "margins.png", both, none)
-    (axes_without,) = [a for a in figures[1].axes if a.get_title()]
+    (axes_without,) = [a for a in report.draw_margin_curves(both, none).axes if a.get_title()]
     assert axes_without.get_title() == "road, left out"
     assert len(axes_without.lines) == 2
 
 
-def test_label_quality_draws_a_bar_where_defined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
-    assert report.save_label_quality(tmp_path / "quality.png", write_metrics(tmp_path, *LINES))
-    (axes,) = figures[0].axes
+def test_label_quality_draws_a_bar_where_defined(tmp_path: Path) -> None:
+    figure = report.draw_label_quality(write_metrics(tmp_path, *LINES))
+    assert figure is not None
+    (axes,) = figure.axes
     assert axes.get_title() == "stage 1: anchor"
     assert [text.get_text() for text in axes.get_yticklabels()] == ["road", "wall"]
     widths = [bar.get_width() for container in axes.containers for bar in container]
@@ -287,11 +266,10 @@ def test_label_quality_draws_a_bar_where_defined(
 
 def test_without_pseudo_labels_there_is_no_quality_to_draw(tmp_path: Path) -> None:
     lines = [line for line in LINES if line["kind"] != "pseudo-labels"]
-    assert not report.save_label_quality(tmp_path / "q.png", write_metrics(tmp_path, *lines))
-    assert not (tmp_path / "q.png").exists()
+    assert report.draw_label_quality(write_metrics(tmp_path, *lines)) is None
 
 
-@pytest.mark.parametrize("save", [report.save_curves, report.save_label_quality])
+@pytest.mark.parametrize("draw", [report.draw_curves, report.draw_label_quality])
 @pytest.mark.parametrize(
     "bad",
     [
@@ -305,12 +283,9 @@ def test_without_pseudo_labels_there_is_no_quality_to_draw(tmp_path: Path) -> No
         '{"kind": "evaluation", "phase": "warm-up", "miou": [1]}',
     ],
 )
-def test_malformed_line_is_named_and_nothing_written(
-    save: Callable[[Path, Path], object], bad: str, tmp_path: Path
-) -> None:
+def test_malformed_line_is_named(draw: Callable[[Path], object], bad: str, tmp_path: Path) -> None:
     metrics = write_metrics(tmp_path, *LINES[:2])
     metrics.write_text(metrics.read_text("utf-8") + bad + "\n", "utf-8")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3: ") as raised:
-        save(tmp_path / "picture.png", metrics)
+        draw(metrics)
     assert str(metrics) in str(raised.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -22,6 +22,9 @@ from scores import evaluate, margin_counts
 from settings import Settings, parse_settings
 from streams import Loading
 from synthetic import write_synthetic_pair
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
 
 TRAIN = Path(train.__file__)
 UNKNOWN_TO_SYNTHIA = ("terrain", "truck", "train")
@@ -95,7 +98,9 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
         "report/label_quality.png",
     }
     assert not any(name.endswith(".tmp") for name in left)
-    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert {"anchor distances", "report/panels", "report/margins"} < set(board.Tags()["images"])
     anchors = (tmp_path / "run" / "report" / "anchors.txt").read_text()
     assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
     # A stage's labeler can be had back from its checkpoint alone.

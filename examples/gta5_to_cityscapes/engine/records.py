@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -15,7 +16,7 @@ from anchorda import ConfusionMatrix, PseudoLabelQuality
 
 
 class Records:
-    """Writer of `metrics.jsonl`, a line for each event, and of the same numbers for TensorBoard.
+    """Writer of `metrics.jsonl`, a line for each event, and of the same for TensorBoard.
 
     Args:
         folder: The folder of the run; None, for all processes but the first, writes nothing.
@@ -77,6 +78,11 @@ class Records:
             "recall": _by_class(quality.recall(), names),
         }
         self._write({"kind": "pseudo-labels", "phase": phase, "labeler": labeler, **scores})
+
+    def figure(self, tag: str, figure: Figure, step: int = 0) -> None:
+        """Show a figure in TensorBoard; `metrics.jsonl` has none."""
+        if self._board is not None:
+            self._board.add_figure(tag, figure, step)
 
     def close(self) -> None:
         """Finish the files."""
