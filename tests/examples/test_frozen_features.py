@@ -21,10 +21,12 @@ def test_the_discriminant_is_printed_beside_the_others(
     scores = frozen_features.main(
         *(tmp_path / "source", tmp_path / "target", tmp_path / "classes.txt"),
         size=(96, 128),
+        probes=(0, 1),
         device="cpu",
     )
     printed = capsys.readouterr().out
-    assert list(scores) == ["Euclidean", "cosine", "discriminant", "linear probe"]
+    anchors = ["Euclidean", "cosine", "discriminant, equal priors", "discriminant"]
+    assert list(scores) == [*anchors, "linear probe 0", "linear probe 1"]
     assert all(name in printed for name in scores)
     # Blocks of one color to a class: a linear classifier finds most of them.
     held_out, target = scores["discriminant"]
