@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 GLOSSARY = Path(__file__).with_name("glossary.md")
-ROW = re.compile(r"^\| (.+?) \| (.+?) \| \[.+?\]\(([\w/]+)\.md(?:#([\w-]+))?\) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| \[(.+?)\]\(([\w/]+)\.md(?:#([\w-]+))?\) \| (.+?) \|$", re.MULTILINE)
 
 
 def synonyms() -> dict[str, list[tuple[str, str]]]:
@@ -17,9 +17,9 @@ def synonyms() -> dict[str, list[tuple[str, str]]]:
     text = GLOSSARY.read_text(encoding="utf-8")
     rows = ROW.findall(text)
     if len(rows) != text.count("\n|") - 2:  # two lines are the head of the table
-        raise ValueError(f"Expected rows of words, other words and a link in {GLOSSARY.name}.")
+        raise ValueError(f"Expected rows of a link and other words in {GLOSSARY.name}.")
     pages: dict[str, list[tuple[str, str]]] = {}
-    for names, others, page, heading in rows:
+    for names, page, heading, others in rows:
         words = f"{names}, {others}".replace("`", "").split(", ")
         pages.setdefault(page, []).extend((word, heading) for word in words)
     return pages

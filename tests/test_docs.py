@@ -124,14 +124,15 @@ def test_other_words_lead_to_their_page(word: str, page: str) -> None:
 
 
 def test_the_citation_is_that_of_the_citation_file() -> None:
-    citing = (DOCS / "citing.md").read_text(encoding="utf-8")
+    pages = [p.read_text(encoding="utf-8") for p in (DOCS / "citing.md", ROOT / "README.md")]
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     version = re.search(r"^version: (.+)$", citation, re.MULTILINE)
     year = re.search(r"^date-released: (\d{4})", citation, re.MULTILINE)
     assert version is not None
     assert year is not None
-    assert f"version = {{{version[1]}}}" in citing
-    assert re.search(rf"year +=\s+\{{{year[1]}\}}", citing)
+    for page in pages:
+        assert f"  version = {{{version[1]}}}," in page
+        assert f"  year    = {{{year[1]}}}," in page
 
 
 def test_every_page_is_in_a_toctree() -> None:
