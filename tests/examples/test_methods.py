@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+import adaptation
 import numpy as np
 import pytest
 import torch
@@ -150,3 +151,44 @@ def test_t3a_adjusts_maps_and_leaves_the_network(data: Data) -> None:
         assert torch.equal(features, network(images)[0])
     assert logits.shape == (2, 3, 6, 8)
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", adaptation.ROWS)
+def test_a_row_of_the_comparison_trains_and_what_it_fixes_stays(
+    name: str, data: Data, options: Options
+) -> None:
+    """A row changes the option or the labels that its name says."""
+    torch.manual_seed(0)
+    network = Network()
+    begin, changed = adaptation.begin_row(name, options, "")
+    objective = begin(copy.deepcopy(network), data, changed)
+    network.train()
+    loss = objective(
+        network, data.source.batch(torch.arange(2), "cpu"), data.target.images[:2] / 255
+    )
+    loss.backward()
+    assert loss.isfinite()
+    gradient = network.classifier.weight.grad
+    assert gradient is not None
+    assert gradient.any()
+    default = (options.labels, options.teacher, options.mix)
+    differs = (changed.labels, changed.teacher, changed.mix) != default
+    assert differs == (name in ("agreement", "rectified", "fixed teacher", "no mixing"))
+
+
+def test_the_table_of_the_comparison() -> None:
+    last, best = {"target": 0.5, "held-out source": 0.7}, {"target": 0.6, "held-out source": 0.6}
+    runs: list[adaptation.Scores] = [
+        {"control": [{"target": 0.4, "held-out source": 0.5}], "default": [best, last]},
+        {"control": [{"target": 0.4, "held-out source": 0.5}], "default": [best, best]},
+    ]
+    name = adaptation.ROWS["default"]
+    results = {"day": runs, "night": [{"control": [last]}]}
+    assert f"| {name} | **55.0** ± 7.1 | – |" in adaptation.table(results, "last")
+    assert f"| {name} | **60.0** ± 0.0 | – |" in adaptation.table(results, "best on target")
+    chosen = adaptation.table(results, "best on held-out source")
+    assert f"| {name} | **55.0** ± 7.1 | – |" in chosen
+    assert f"| {name} | **+15.0** ± 7.1 | – | +15.0 |" in adaptation.table(
+        results, "last", gains=True
+    )
+    assert len(adaptation.draw(results).axes) == 2
