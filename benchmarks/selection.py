@@ -242,10 +242,10 @@ def runs_of(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
 def of_seed(checkpoints: Sequence[Checkpoint], name: str) -> list[float]:
     """Return correlation and regret of a score over all checkpoints of a seed, then within runs."""
     runs = runs_of(checkpoints)
-    within = [correlation(run, name) for run in runs]
+    within = [value for run in runs if not math.isnan(value := correlation(run, name))]
     return [
         correlation(checkpoints, name),
-        statistics.mean(value for value in within if not math.isnan(value)),
+        statistics.mean(within) if within else math.nan,
         regret(checkpoints, pick(checkpoints, name)),
         statistics.mean(regret(run, pick(run, name)) for run in runs),
     ]

@@ -10,11 +10,13 @@ from pathlib import Path
 import operators
 import own_images
 import pytest
+import selection
 import startup
 import step
 import torch
 from family import FAMILY
 from operators import OPERATORS, OURS, Answer, Case, Inputs, measure
+from selection import RATE, SCORES, TARGET, WARM_UP, Checkpoint
 from settings import parse_settings
 
 SMALL = Case((2, 5, 7), dim=9, classes=4)
@@ -220,3 +222,36 @@ def test_own_images_tables_and_layout(tmp_path: Path) -> None:
         *("target/images/train_dusk_1.png", "target/images/val_dusk_1.png"),
         "target/labels/val_dusk_1.png",  # those of the images to adapt to stay away
     ]
+
+
+def checkpoint(seed: int, method: str, step: int, truth: float, density: float) -> Checkpoint:
+    scores = dict.fromkeys(SCORES, 0.5) | {TARGET: truth, "density": density}
+    return Checkpoint("synthetic", seed, method, RATE, step, scores)
+
+
+def test_selection_judges_picks_over_all_checkpoints_and_within_runs(tmp_path: Path) -> None:
+    checkpoints = [
+        checkpoint(0, WARM_UP, 1, truth=0.2, density=1.0),
+        checkpoint(0, WARM_UP, 2, truth=0.4, density=2.0),
+        checkpoint(0, "self-training", 1, truth=0.5, density=3.0),
+        checkpoint(0, "self-training", 2, truth=0.3, density=math.nan),
+        checkpoint(0, "SHOT", 1, truth=0.3, density=5.0),
+        checkpoint(0, "SHOT", 2, truth=0.2, density=4.0),
+    ]
+    selection.write_csv(checkpoints, tmp_path / "results.csv")
+    read = selection.read_csv(tmp_path / "results.csv")
+    assert [c[:5] for c in read] == [c[:5] for c in checkpoints]
+    warm_up, adapted, collapsed = selection.runs_of(read)
+    assert [c.step for c in adapted] == [2, 1, 2]  # the first is the network it starts from
+    assert selection.correlation(warm_up, "density") == pytest.approx(1)
+    assert selection.correlation(collapsed, "density") == pytest.approx(-0.5)
+    assert math.isnan(selection.correlation(read, "information"))  # constant
+    assert selection.pick(adapted, "density").scores[TARGET] == 0.5
+    # Over all, density picks 0.3 and the best is 0.5; within runs it loses 0, 0 and 10 points.
+    _, _, over_all, within = selection.of_seed(read, "density")
+    assert (over_all, within) == pytest.approx((20, 10 / 3))
+    last = selection.without_choice(read)["last step"]
+    assert last[2:] == pytest.approx([20, (0 + 20 + 20) / 3])
+    row = "| density | – | – | 20.0 ± 0.0 | 3.3 ± 0.0 |"
+    assert row in selection.table(read, "synthetic")
+    assert "| last step | – | – | 20.0 ± 0.0 | 13.3 ± 0.0 |" in selection.table(read, "synthetic")
