@@ -12,8 +12,8 @@ Protocol, fixed before the first run:
   each of `RATES`, the second of which is ten times the default and may spoil a run. A checkpoint
   is the moving average of the weights after some steps, `CHECKPOINTS` of them in a run.
 - Truth: the mIoU on the labeled images of the target. Scores see the unlabeled images of the target
-  alone, every second one, at the resolution of the logits; the anchors are those of
-  about `ANCHOR_IMAGES` images of the source. What is not trained on is scored in batches of `BATCH`.
+  alone, every second one, at the resolution of the logits; the anchors are those of about
+  `ANCHOR_IMAGES` images of the source. What is not trained on is scored in batches of `BATCH`.
 - One choice is one seed: over all of its checkpoints; and within each of its runs, where a run
   after the warm-up may also pick the network that it starts from. Regret is how many points of mIoU
   the picked checkpoint is below the best. Tables have means ± standard deviations over seeds.
@@ -23,7 +23,8 @@ Protocol, fixed before the first run:
   source mIoU and of the last step. No score was tuned here: all have their default settings.
 - SHOT minimizes a loss that is one of the scores, so that tables are repeated without its runs.
 
-A finished run is kept, in OUTPUT/runs. Results: OUTPUT/results.csv, results.md and selection.png.
+A quarter of an hour on one core. A finished run is kept, in OUTPUT/runs. Results:
+OUTPUT/results.csv, results.md and selection.png.
 """
 
 import argparse
@@ -210,19 +211,23 @@ def run_all(camvid: Path, seeds: Sequence[int], options: Options) -> list[Checkp
 # ------------------------------------------------------------------------------------------ choices
 
 
+def value(checkpoint: Checkpoint, name: str) -> float:
+    """Return a score of a checkpoint; −∞ for NaN."""
+    score = checkpoint.scores[name]
+    return -math.inf if math.isnan(score) else score
+
+
 def correlation(checkpoints: Sequence[Checkpoint], name: str) -> float:
     """Return Spearman's rank correlation of a score and the truth; NaN where one is constant."""
-    pairs = [(c.scores[name], c.scores[TARGET]) for c in checkpoints]
+    pairs = [(value(c, name), c.scores[TARGET]) for c in checkpoints]
     if any(len(set(values)) < 2 for values in zip(*pairs, strict=True)):
         return math.nan
     return float(spearmanr(pairs).statistic)
 
 
 def pick(checkpoints: Sequence[Checkpoint], name: str) -> Checkpoint:
-    """Return the checkpoint with the highest score, the first of several; NaN is the lowest."""
-    return max(
-        checkpoints, key=lambda c: -math.inf if math.isnan(c.scores[name]) else c.scores[name]
-    )
+    """Return the checkpoint with the highest score, the first of several."""
+    return max(checkpoints, key=partial(value, name=name))
 
 
 def regret(checkpoints: Sequence[Checkpoint], picked: Checkpoint) -> float:
@@ -242,7 +247,7 @@ def runs_of(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
 def of_seed(checkpoints: Sequence[Checkpoint], name: str) -> list[float]:
     """Return correlation and regret of a score over all checkpoints of a seed, then within runs."""
     runs = runs_of(checkpoints)
-    within = [value for run in runs if not math.isnan(value := correlation(run, name))]
+    within = [rho for run in runs if not math.isnan(rho := correlation(run, name))]
     return [
         correlation(checkpoints, name),
         statistics.mean(within) if within else math.nan,
@@ -277,7 +282,7 @@ def spread(values: Sequence[float], digits: int) -> str:
     if any(map(math.isnan, values)):
         return "–"
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}".replace("-", "−")
 
 
 def table(checkpoints: Sequence[Checkpoint], pair: str) -> str:
@@ -330,7 +335,7 @@ def read_csv(path: Path) -> list[Checkpoint]:
 
 def draw(checkpoints: Sequence[Checkpoint]) -> Figure:
     """Draw target mIoU over each score, with what the score picks for each pair and seed."""
-    figure = Figure((7.2, 6.6), dpi=140, layout="constrained")
+    figure = Figure((7.2, 6.6), dpi=120, layout="constrained")
     panels = figure.subplots(3, 2, sharey=True)
     for axes, name in zip(panels.flat, SCORES, strict=True):
         said = []
@@ -356,7 +361,8 @@ def draw(checkpoints: Sequence[Checkpoint]) -> Figure:
     hollow = partial(mark, marker="o", markerfacecolor="none")
     handles.append(hollow(color="0.3", label=f"rate {RATES[1]:g}"))
     handles.append(hollow(color="black", markersize=11, label="picked, by seed"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    title = f"ρ: {' and '.join(PAIRS)}, mean ± standard deviation over seeds"
+    figure.legend(handles=handles, title=title, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -50,8 +50,9 @@ class SoftNeighborhoodDensity(nn.Module):
     within 1 % of the exact one, which a test shows. The memory is that of
     ``(C, pixels_per_class, C)`` numbers, however long the stream.
 
-    **It misses**: a collapse of all predictions to one class is the densest of all. The score grows
-    with the logarithm of the number of pixels, so compare networks on the same images.
+    **It misses**: a collapse of all predictions to one class is the densest of all, and so are
+    predictions that are nearly uniform everywhere, as of a network that has hardly learned. The
+    score grows with the logarithm of the number of pixels, so compare networks on the same images.
 
     Args:
         temperature: T > 0.
