@@ -24,13 +24,16 @@ from folders import write_folders
 from own_images import lay_out
 from seeds import markdown
 
-Values = dict[str, list[list[float]]]  # of each classifier, a list for each domain
+Scores = dict[str, list[float]]  # of each classifier, on held-out source and on the target
+Values = dict[str, list[list[float]]]  # those of all seeds, a list for each domain
 
 
 def measure(root: Path, size: tuple[int, int], seeds: tuple[int, ...], encoder: str) -> Values:
     """Return the scores of the classifiers, those of the probes as one classifier's."""
     files = root / "source", root / "target", root / "classes.txt"
-    scores = frozen_features.main(*files, encoder=encoder, size=size, probes=seeds, device="cpu")
+    scores: Scores = frozen_features.main(
+        *files, encoder=encoder, size=size, probes=seeds, device="cpu"
+    )
     values: Values = defaultdict(lambda: [[], []])
     for name, of_domains in scores.items():
         for domain, value in zip(values[name.rstrip(" 0123456789")], of_domains, strict=True):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import one_pass
 import operators
 import own_images
 import pytest
@@ -190,6 +191,27 @@ def test_the_step_by_hand_is_the_example_s(monkeypatch: pytest.MonkeyPatch) -> N
 def test_startup_measures_each_statement_in_a_fresh_interpreter() -> None:
     first, second = startup.milliseconds("import json", "assert json")
     assert min(first, second) > 0
+
+
+def test_one_pass_has_a_line_for_each_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(*files: Path, probes: tuple[int, ...], **settings: object) -> one_pass.Scores:
+        probe = {f"linear probe {seed}": [50.0 + seed, 30.0] for seed in probes}
+        return {"discriminant": [49.0, 32.0]} | probe
+
+    monkeypatch.setattr("frozen_features.main", scores)
+    for name in ("lay_out", "write_folders"):
+        monkeypatch.setattr(one_pass, name, lambda *arguments, **settings: None)
+    one_pass.main(tmp_path, tmp_path / "camvid", tmp_path / "carla", seeds=(0, 1, 2))
+    with (tmp_path / "frozen_features.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    probes = [row for row in rows if row["classifier"] == "linear probe"]
+    assert len(probes) == 3 * 2 * 3  # pairs, domains, seeds
+    assert {row["miou"] for row in probes} == {"50.0000", "51.0000", "52.0000", "30.0000"}
+    # Anchors have no seed, but the synthetic pair does.
+    assert len(rows) - len(probes) == 2 * (1 + 1 + 3)
+    assert "| linear probe | 51.0 ± 1.0 | 30.0 ± 0.0 |" in capsys.readouterr().out
 
 
 def test_own_images_tables_and_layout(tmp_path: Path) -> None:
