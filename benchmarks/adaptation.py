@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from folders import write_folders
+from light_network import build_network
 from matplotlib.figure import Figure
 from own_images import lay_out
 from seeds import markdown, score_cells
@@ -60,7 +61,6 @@ from segmentation import (
     Objective,
     Options,
     at_full_size,
-    build_network,
     crop,
     evaluate,
     freeze,

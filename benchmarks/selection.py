@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "synthetic"))
 import shot
 import torch
 from folders import write_folders
+from light_network import build_network
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from own_images import lay_out
@@ -58,7 +59,6 @@ from image_folders import Data, Domain, open_data, save
 from segmentation import (
     BeginStage,
     Options,
-    build_network,
     evaluate,
     self_training,
     source_alone,

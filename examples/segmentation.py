@@ -9,7 +9,6 @@ Target images with a label are for the evaluation alone; if all have one, every 
 
 import copy
 import dataclasses
-import pkgutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 import tyro
-from light_network import LightNetwork
+from light_network import build_network
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -50,6 +49,7 @@ class Options:
     labels: Literal["probability", "agree", "rectify"] = "probability"  # With anchors, or without.
     teacher: Literal["average", "stage"] = "average"  # Labels by a moving average, or a fixed copy.
     mix: bool = True  # Paste pixels of source classes into the target images.
+    best_by: Literal["last", "source", "information", "agreement"] = "last"  # Choice in a stage.
     control: bool = False  # Also train as many steps on the source alone, to compare with.
     warmup_iterations: int = 360  # Steps of the warm-up, at most.
     stages: int = 3  # Rounds of labeling the target and training on it.
@@ -60,15 +60,6 @@ class Options:
     threads: int = torch.get_num_threads()  # CPU threads.
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # Where to train.
     resume: bool = False  # Go on after the last finished phase of an interrupted run.
-
-
-def build_network(name: str, num_classes: int, device: str) -> nn.Module:
-    """Return the network of `module:function`, or a `LightNetwork`."""
-    sys.path.append(str(Path.cwd()))
-    build = pkgutil.resolve_name(name) if name else LightNetwork
-    network: nn.Module = build(num_classes).to(device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # is faster
-    return network
 
 
 def at_full_size(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,18 +195,38 @@ def train(
         yield average.module
 
 
-def best_on_source(averages: Iterable[nn.Module], data: Data, options: Options) -> nn.Module:
-    """Return the network with the best mean IoU on held-out source; stop when it gets no better."""
-    best_mean, best_step = -1.0, 0
+@torch.no_grad()
+def score(network: nn.Module, by: str, data: Data, options: Options) -> float:
+    """Return the mean IoU on held-out source, or a score of the unlabeled target."""
+    if by == "source":
+        return evaluate(network, data.held_out, data, options)["mean"]
+    information, agreement = (
+        anchorda.InformationMaximization(),
+        anchorda.LabelAgreement(len(data.classes)),
+    )
+    for images, _ in data.target.batches(options.batch, options.device):
+        (_, logits), (_, flipped) = (network.eval()(x) for x in (images, images.flip(3)))
+        information.update(logits)
+        agreement.update(logits.argmax(1), flipped.flip(3).argmax(1))
+    return (information if by == "information" else agreement).compute().item()
+
+
+def best(
+    averages: Iterable[nn.Module], steps: int, by: str, data: Data, options: Options
+) -> nn.Module:
+    """Return the last network, or the one with the best score; stop when it gets no better."""
+    if by == "last":
+        return deque(averages, 1).pop()
+    best_score, best_step = -float("inf"), 0
     for step, average in enumerate(averages, 1):
-        if step % 50 == 0 or step == options.warmup_iterations:
-            mean = evaluate(average, data.held_out, data, options)["mean"]
-            if mean > best_mean:
-                best, best_mean, best_step = copy.deepcopy(average), mean, step
+        if step % min(50, max(1, steps // 6)) == 0 or step == steps:
+            value = score(average, by, data, options)
+            if value > best_score:
+                network, best_score, best_step = copy.deepcopy(average), value, step
         if step >= best_step + 200:
             break
-    print(f"warm-up: step {best_step} is the best on held-out source, mIoU {best_mean:.1%}")
-    return best
+    print(f"step {best_step} is the best by {by}: {best_score:.3f}")
+    return network
 
 
 def run_phase(
@@ -224,7 +235,7 @@ def run_phase(
     """Return the moving average of a network after the warm-up, number 0, or after a stage."""
     network, path = copy.deepcopy(network), options.output / "phases" / f"{name}-{number}.pt"
     fixed = ["size", "network", "warmup_iterations", "stage_iterations", "batch", "rate", "seed"]
-    fixed += ["labels", "teacher", "mix"] if number else []
+    fixed += ["labels", "teacher", "mix", "best_by"] if number else []
     settings = {name: getattr(options, name) for name in fixed}
     settings |= {"images": [len(domain.images) for domain in data[1:5]], "classes": data.classes}
     if options.resume and path.exists():
@@ -234,7 +245,7 @@ def run_phase(
     objective = begin(network, data, options)
     steps = options.stage_iterations if number else options.warmup_iterations
     averages = train(f"{name} {number}", network, objective, data, options, steps)
-    network = deque(averages, 1).pop() if number else best_on_source(averages, data, options)
+    network = best(averages, steps, options.best_by if number else "source", data, options)
     saved = {"settings": settings, "weights": network.state_dict()}
     image_folders.save(path, partial(torch.save, saved))
     return network

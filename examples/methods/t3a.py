@@ -13,6 +13,7 @@ Not as in the paper, which classifies images: the supports are pixels.
 import sys
 from functools import partial
 
+import light_network
 import steps  # noqa: F401 # finds the modules of the folder above
 import torch
 import tyro
@@ -87,7 +88,7 @@ def main() -> None:
         sys.exit("Expected --source, --target and --classes.")
     data = image_folders.open_data(options.source, options.target, options.classes, options.size)
     torch.manual_seed(options.seed)
-    start = segmentation.build_network(options.network, len(data.classes), options.device)
+    start = light_network.build_network(options.network, len(data.classes), options.device)
     warm = segmentation.run_phase("source only", 0, start, segmentation.source_alone, data, options)
     networks = {"source only": warm, "adapted": AdjustedClassifier(warm)}
     scores = {

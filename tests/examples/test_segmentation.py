@@ -1,5 +1,6 @@
 """Own images: from folders to masks, resumed runs, and files and classes that do not fit."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from torch import Tensor
 
 pytest.importorskip("kornia", reason="the examples extra is not installed")
 
+import light_network
+
 import image_folders
 import segmentation
-from image_folders import Data, DataError, read_classes, read_domain
+from image_folders import Data, DataError, Domain, read_classes, read_domain
 from segmentation import Options
 
 CLASSES = "road: 7\nsidewalk: 8\nbuilding: 11, 12\nsky: 23\ncar: 26\n"
@@ -240,15 +243,54 @@ def test_unlabeled_source_and_empty_folders(options: Options, tmp_path: Path) ->
             open_data(dataclasses.replace(options, source=tmp_path / folder))
 
 
-def test_agreement_labels_fewer_pixels_and_no_other(options: Options) -> None:
+def test_predictions_have_the_size_that_is_asked_for(options: Options) -> None:
     torch.manual_seed(0)
     data = open_data(options)
-    network = segmentation.build_network("", 5, "cpu").eval()
+    network = light_network.build_network("", 5, "cpu").eval()
     images, _ = data.target.batch(torch.arange(4), options.device)
     with torch.no_grad():
         teacher = network(images)[1]
     assert teacher.shape == (4, 5, 8, 12)
     assert (segmentation.predict(network, images, (32, 48)) < 5).all()
+
+
+def test_labels_follow_the_network_and_weigh_as_much_as_part_of_them_is_sure(
+    options: Options,
+) -> None:
+    torch.manual_seed(0)
+    data, network = open_data(options), light_network.build_network("", 5, "cpu")
+    target = data.target.images[:2] / 255
+    for teacher in ("average", "stage"):
+        changed = dataclasses.replace(options, teacher=teacher)
+        label = segmentation.label_all(network, data, changed)
+        other = copy.deepcopy(network)
+        torch.nn.init.normal_(other.get_submodule("classifier").get_parameter("weight"), std=20.0)
+        for _ in range(200 if teacher == "average" else 1):  # 0.98²⁰⁰ is 2 % of the old weights
+            labels, weights = label(other, target)
+        followed = other if teacher == "average" else network
+        with torch.no_grad():
+            _, logits = segmentation.at_full_size(followed.eval(), target)
+        scores, predicted = logits.softmax(dim=1).max(dim=1)
+        assert (labels == predicted).double().mean() > 0.95
+        sure = (scores > segmentation.SURE).double().mean().item()
+        assert weights.unique().tolist() == pytest.approx([sure], abs=0.05)
+        assert (sure > 0.5) == (teacher == "average")
+
+
+@pytest.mark.parametrize("by", ["last", "source", "information", "agreement"])
+def test_the_best_network_is_chosen_without_labels_of_the_target(by: str, options: Options) -> None:
+    torch.manual_seed(0)
+    data = open_data(options)
+    data = data._replace(evaluation=Domain(data.evaluation.images[:0], data.evaluation.labels[:0]))
+    networks = [light_network.build_network("", 5, "cpu") for _ in range(3)]
+    best = segmentation.best(iter(networks), 3, by, data, options)
+    if by == "last":
+        assert best is networks[-1]
+        return
+    scores = [segmentation.score(network, by, data, options) for network in networks]
+    assert len(set(scores)) == 3
+    expected = networks[scores.index(max(scores))].state_dict()
+    assert all(torch.equal(value, expected[k]) for k, value in best.state_dict().items())
 
 
 def test_mixing_pastes_source_pixels_with_their_labels() -> None:
