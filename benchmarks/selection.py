@@ -23,7 +23,7 @@ Protocol, fixed before the first run:
   source mIoU and of the last step. No score was tuned here: all have their default settings.
 - SHOT minimizes a loss that is one of the scores, so that tables are repeated without its runs.
 
-A quarter of an hour on one core. A finished run is kept, in OUTPUT/runs. Results:
+A quarter of an hour on one core. A finished run is not repeated; it is in OUTPUT/runs. Results:
 OUTPUT/results.csv, results.md and selection.png.
 """
 

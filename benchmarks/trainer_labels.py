@@ -6,7 +6,7 @@ For each seed: source only and warm-up once, then the stages from that warm-up f
     python benchmarks/trainer_labels.py --output runs/dusk --seeds 0 1 2 --jobs 2 -- \
         --source DIR --target DIR --threads 1
 
-Runs that are already there are kept, so an interrupted comparison goes on where it was. The tables,
+Finished runs are not repeated, so an interrupted comparison goes on where it was. The tables,
 in Markdown, go to OUTPUT/results.md and the terminal.
 """
 
