@@ -99,7 +99,7 @@ def test_links_resolve(page: Path) -> None:
 
 def test_links_are_found() -> None:
     assert ("docs/results.md", "") in links_of(ROOT / "README.md")
-    assert ("images/demo_margins.png", "") in links_of(DOCS / "results.md")
+    assert ("images/adaptation.png", "") in links_of(DOCS / "results.md")
     assert ("operators.md", "calibration") in links_of(DOCS / "calibration.md")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from classes import CLASS_NAMES, IGNORE, STREET, SYNTHIA_13, SYNTHIA_16, Classes
 from engine.files import write_atomically
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -212,39 +213,34 @@ def draw_margin_curves(
     minimum: Tensor,
     class_names: Sequence[str] = CLASS_NAMES,
 ) -> Figure:
-    """Draw precision against coverage of each class's labels as its minimum margin rises.
+    """Draw coverage and precision of each class's labels over their minimum margin.
 
     Args:
         margins: The margins by domain.
-        minimum: () or (C,), the minimum that was used: a dot on each curve.
+        minimum: () or (C,), the minimum that was used: a line.
         class_names: Of all classes.
     """
-    curves = {domain: calibrator.curve() for domain, calibrator in margins.items()}
-    known = [curve.precision.isfinite().any(dim=1) for curve in curves.values()]
-    classes = [c for c in range(len(class_names)) if any(bool(k[c]) for k in known)]
-    columns = 5
+    curves = [calibrator.curve() for calibrator in margins.values()]
+    known = torch.stack([curve.precision.isfinite().any(dim=1) for curve in curves]).any(dim=0)
+    classes = [c for c in range(len(class_names)) if known[c]]
+    columns = 4
     rows = max(1, math.ceil(len(classes) / columns))
-    figure = Figure((2.4 * columns, 0.6 + 2.2 * rows), dpi=_DPI, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    minimum = minimum.cpu().expand(len(class_names)).contiguous()
-    for axes in grid.flat:
+    figure = Figure((3 * columns, 0.6 + 2.3 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    minimum = minimum.cpu().expand(len(class_names))
+    handles: tuple[list[Artist], list[str]] = [], []
+    for axes in grid.flat[len(classes) :]:
         axes.set_axis_off()
     for axes, c in zip(grid.flat, classes, strict=False):
-        axes.set_axis_on()
+        plots.plot_coverage_and_precision(axes, margins, c, minimum)
         left_out = minimum[c] == math.inf
         axes.set_title(class_names[c] + (", left out" if left_out else ""), fontsize=10)
-        axes.grid(color=_FAINT, linewidth=0.5)
-        for index, curve in enumerate(curves.values()):
-            x, y = 100 * curve.coverage[c].cpu(), 100 * curve.precision[c].cpu()
-            axes.plot(x, y, color=f"C{index}", linewidth=1.4)
-            if not left_out:
-                at = torch.searchsorted(curve.min_scores.cpu(), minimum[c])
-                axes.plot(x[at], y[at], "o", color=f"C{index}", markersize=5)
-    grid[0, 0].set(xlim=(0, 102), ylim=(0, 102))
-    figure.supxlabel("coverage (%)", fontsize=10)
-    figure.supylabel("precision (%)", fontsize=10)
-    handles = [Patch(color=f"C{index}", label=domain) for index, domain in enumerate(curves)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+        axes.set(xlabel="", ylabel="")
+        handles = axes.get_legend_handles_labels()
+        axes.get_legend().remove()
+    figure.supxlabel("minimum margin", fontsize=10)
+    figure.supylabel("percent", fontsize=10)
+    figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), frameon=False)
     return figure
 
 

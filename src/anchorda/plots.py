@@ -295,8 +295,7 @@ def plot_scores(
                 transform=axes.get_yaxis_transform(),
                 fontsize=8,
             )
-    _set_logarithmic(axes)
-    axes.set_xlim(bins[0], bins[-1])
+    _set_logarithmic(axes, bins[0], bins[-1])
     axes.set_yticks(np.arange(len(called)) + 0.35, [names[c] for c in reversed(called)])
     axes.set_ylim(-0.1, len(called))
     axes.tick_params(axis="y", length=0)
@@ -355,14 +354,12 @@ def plot_coverage_and_precision(
         coverage, precision = (100 * part[label].cpu().numpy() for part in curve[1:])
         axes.plot(x, coverage, color=color, linewidth=1, label=f"{name}: coverage")
         axes.plot(x, precision, color=color, linewidth=2.2, label=f"{name}: precision")
-        between = x[(coverage > 0) & (coverage < 100) & (x > 0) & np.isfinite(x)]
+        between = x[(coverage > 0) & (coverage < 99) & (x > 0) & np.isfinite(x)]
         low, high = min([low, *between[:1]]), max([high, *between[-1:]])
     minimums = _per_class(minimum, calibrator)
     if minimums is not None and np.isfinite(minimums[label]):
         axes.axvline(minimums[label], color="black", linewidth=1.2)
-    _set_logarithmic(axes)
-    if low < high:
-        axes.set_xlim(low, high)
+    _set_logarithmic(axes, low, high)
     axes.set(xlabel="minimum score", ylabel="percent", ylim=(0, 102))
     axes.grid(color=_GRID, linewidth=0.5)
     axes.legend(fontsize=8, frameon=False)
@@ -507,10 +504,14 @@ def _write_names(axes: Axes, points: Array, names: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _set_logarithmic(axes: Axes) -> None:
-    """Make the horizontal axis logarithmic, with plain numbers."""
+def _set_logarithmic(axes: Axes, low: float, high: float) -> None:
+    """Make the horizontal axis logarithmic, from low to high, with numbers that do not overlap."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    wide = True
+    if low < high:  # else there are too few scores for limits
+        axes.set_xlim(low, high)
+        wide = high > 30 * low
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
