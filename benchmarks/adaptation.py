@@ -20,7 +20,8 @@ An earlier version had a warm-up of 160 steps and no weight of the labels. It wa
 seed 0 of the synthetic pair, whose warm-up was not over: the control gained 7 points over it
 (33.3 to 40.2), all rows of labels lost (30.4 to 38.6). The weight is that of DACS and DAFormer.
 
-Finished rows are reused; `--tasks` and `--rows` run a part. Results: OUTPUT/results.csv, results.md
+Finished rows are reused; `--tasks` and `--rows` run a part, `--from-nothing` (with an output of its
+own) without ImageNet weights. Results: OUTPUT/results.csv, results.md
 and results.png. About three hours on one core of a recent CPU.
 """
 
@@ -86,6 +87,7 @@ class Settings:
     encoder: str = ""  # Frozen encoder of the row of that name, as of `frozen_features.py`.
     tasks: tuple[str, ...] = TASKS  # Tasks to run.
     rows: tuple[str, ...] = ()  # Rows to run; all if empty.
+    from_nothing: bool = False  # Draw the weights of the network at random.
     seeds: tuple[int, ...] = (0, 1, 2)  # Seeds to run.
     threads: int = 1  # CPU threads.
 
@@ -260,6 +262,16 @@ def adapt(name: str, warm: nn.Module, data: Data, options: Options, encoder: str
     return scores
 
 
+def build_start(num_classes: int, options: Options, *, from_nothing: bool) -> nn.Module:
+    """Return the network that the warm-up starts from."""
+    network = build_network("", num_classes, options.device)
+    if from_nothing:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+                module.reset_parameters()
+    return network
+
+
 def run_maps(task: str, seed: int, settings: Settings) -> Scores:
     """Return the scores of the rows on a task of maps."""
     output = settings.output / task / f"seed{seed}"
@@ -272,7 +284,7 @@ def run_maps(task: str, seed: int, settings: Settings) -> Scores:
             seed=seed, threads=settings.threads, device="cpu", resume=True,
         )  # fmt: skip
         torch.manual_seed(seed)
-        start = build_network("", len(data.classes), options.device)
+        start = build_start(len(data.classes), options, from_nothing=settings.from_nothing)
         warm = run_phase("augmented", 0, start, source_alone, data, options)
         for name, path in paths.items():
             if path.exists():

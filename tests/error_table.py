@@ -72,6 +72,7 @@ EXAMPLES = [
     "anchorda.feature_distance_loss(features, features, labels, classes='0')",
     "anchorda.warn_unreachable_margins(9.0, anchors, class_names=['road'])",
     "anchorda.warn_unreachable_margins(9.0, anchors, class_names='abcd')",
+    "anchorda.StageLabeler('network.pt', anchors)",
 ]
 
 

@@ -85,6 +85,10 @@ def average_views(
         scales: factors of the height and width of the images.
         flip: also average the flipped images.
 
+    Returns:
+        A function of network and images ``(N, 3, H, W)``: features, and the logarithm of the
+        averaged probabilities as logits.
+
     Raises:
         TypeError: if an argument has another type.
         ValueError: if there is no scale, or one is not positive.

@@ -91,8 +91,14 @@ def make_stage(
     network: nn.Module, source: Batches, target: Iterable[Tensor]
 ) -> anchorda.StageLabeler:
     anchors = anchorda.CategoryAnchors(19, 256)
-    stage = anchorda.StageLabeler.from_source(network, source, anchors, extract=extract)
+    covariance = anchorda.WithinClassCovariance(19, 256)
+    views = anchorda.average_views(extract, scales=(1.0, 1.25))
+    stage = anchorda.StageLabeler.from_source(
+        network, source, anchors, covariance=covariance, extract=views
+    )
     assert_type(stage, anchorda.StageLabeler)
+    assert_type(anchorda.whitening_matrix(covariance.compute(), shrinkage=0.1), Tensor)
+    stage.follow(network, 0.99)
     calibrator = anchorda.ScoreCalibrator(num_classes=19)
     for images in target:
         calibrator.update(*stage(images).by_anchor)
