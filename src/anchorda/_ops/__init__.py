@@ -13,7 +13,14 @@ from .plain import map_distances as map_distances
 from .plain import quadratic_forms as quadratic_forms
 from .plain import scatter as scatter
 from .plain import soft_class_sums as soft_class_sums
-from .registration import register, with_derivative, without_derivative
+from .reference import new_map
+from .registration import (
+    directional,
+    of_each_pixel,
+    register,
+    with_derivative,
+    without_derivative,
+)
 
 
 def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +68,7 @@ def _labels_by_margin(
 ) -> tuple[Tensor, Tensor]:
     """Return labels (N, *) int64 and margins (N, *) float32 of `AnchorPseudoLabeler`."""
     classes, nearest, second = _nearest_anchors(features, anchors)
-    labels, scores = _allocate_labels(features)
+    labels, scores = _new_labels(features)
 
     def compute(
         scratch: Scratch, c: Tensor, first: Tensor, next_: Tensor, y: Tensor, margins: Tensor
@@ -75,10 +82,8 @@ def _labels_by_margin(
     return labels, scores
 
 
-def _allocate_labels(features: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    shape = (features.shape[0], *features.shape[2:])
-    labels = features.new_empty(shape, dtype=torch.int64)
-    return labels, features.new_empty(shape, dtype=torch.float32)
+def _new_labels(features: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return new_map(features, dtype=torch.int64), new_map(features, dtype=torch.float32)
 
 
 labels_by_margin = without_derivative(
@@ -86,7 +91,7 @@ labels_by_margin = without_derivative(
         "labels_by_margin(Tensor features, Tensor anchors, Tensor min_margin, bool relative, "
         "SymInt ignore_index) -> (Tensor, Tensor)",
         _labels_by_margin,
-        _allocate_labels,
+        _new_labels,
     )
 )
 majority = without_derivative(
@@ -161,25 +166,10 @@ image_sums = with_derivative(_image_sums_operator, _ImageSums)
 # ---------------------------------------------------------------------------- distances and losses
 
 
-def _allocate_distances(features: Tensor, anchors: Tensor) -> Tensor:
-    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
-    return features.new_empty(shape, dtype=reference.result_dtype(features))
-
-
-def _allocate_losses(features: Tensor, *others: object) -> Tensor:
-    shape = (features.shape[0], *features.shape[2:])
-    return features.new_empty(shape, dtype=reference.result_dtype(features))
-
-
-def _directional(gradient: Tensor, tangent: Tensor, like: Tensor) -> Tensor:
-    """Return the sum over the channels of gradient times tangent, (N, D, *) both."""
-    return (gradient.to(like.dtype) * tangent.to(like.dtype)).sum(dim=1)
-
-
 _anchor_distances_operator = register(
     "anchor_distances(Tensor features, Tensor anchors) -> Tensor",
     reference.anchor_distances,
-    _allocate_distances,
+    lambda features, anchors: new_map(features, anchors.shape[0]),
 )
 _anchor_distances_backward = without_derivative(
     register(
@@ -212,7 +202,7 @@ class _AnchorDistances(torch.autograd.Function):
             of_class = torch.zeros_like(distances)
             of_class[:, c] = 1
             gradient = _anchor_distances_backward(of_class, *ctx.saved_tensors)
-            of_classes.append(_directional(gradient, tangent, distances))
+            of_classes.append(directional(gradient, tangent))
         return torch.stack(of_classes, dim=1)
 
 
@@ -244,7 +234,7 @@ def _pixel_losses_backward(
 _pixel_losses_operator = register(
     "pixel_losses(Tensor features, Tensor labels, Tensor anchors, str distance) -> Tensor",
     _pixel_losses,
-    _allocate_losses,
+    lambda features, *others: new_map(features),
 )
 _pixel_losses_gradient = without_derivative(
     register(
@@ -256,30 +246,7 @@ _pixel_losses_gradient = without_derivative(
 )
 
 
-class _PixelLosses(torch.autograd.Function):
-    generate_vmap_rule = True
-    forward = staticmethod(_pixel_losses_operator)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.distance = inputs
-        ctx.save_for_backward(output, *tensors)
-        ctx.save_for_forward(output, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient = _pixel_losses_gradient(grad_losses, *ctx.saved_tensors, ctx.distance)
-        return gradient, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        losses = ctx.saved_tensors[0]
-        ones = torch.ones_like(losses)
-        gradient = _pixel_losses_gradient(ones, *ctx.saved_tensors, ctx.distance)
-        return _directional(gradient, tangent, losses)
-
-
-pixel_losses = with_derivative(_pixel_losses_operator, _PixelLosses)
+pixel_losses = of_each_pixel(_pixel_losses_operator, _pixel_losses_gradient)
 
 
 def _contrastive_losses(
@@ -311,8 +278,8 @@ _contrastive_losses_operator = register(
     "-> (Tensor, Tensor)",
     _contrastive_losses,
     lambda features, labels, anchors, temperature: (
-        _allocate_losses(features),
-        _allocate_distances(features, anchors),
+        new_map(features),
+        new_map(features, anchors.shape[0]),
     ),
 )
 _contrastive_losses_gradient = without_derivative(
@@ -325,33 +292,4 @@ _contrastive_losses_gradient = without_derivative(
 )
 
 
-class _ContrastiveLosses(torch.autograd.Function):
-    generate_vmap_rule = True
-    forward = staticmethod(_contrastive_losses_operator)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.temperature = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # no zeros for the distances
-        ctx.save_for_backward(output[1], *tensors)
-        ctx.save_for_forward(output[1], *tensors)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_losses: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
-        if grad_losses is None:
-            return None, None, None, None
-        gradient = _contrastive_losses_gradient(grad_losses, *ctx.saved_tensors, ctx.temperature)
-        return gradient, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        distances = ctx.saved_tensors[0]
-        ones = torch.ones_like(distances[:, 0])
-        gradient = _contrastive_losses_gradient(ones, *ctx.saved_tensors, ctx.temperature)
-        return _directional(gradient, tangent, distances), None
-
-
-contrastive_losses = with_derivative(_contrastive_losses_operator, _ContrastiveLosses)
+contrastive_losses = of_each_pixel(_contrastive_losses_operator, _contrastive_losses_gradient)

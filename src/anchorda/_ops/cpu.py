@@ -116,9 +116,7 @@ def contrastive_losses(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.contrastive_losses`; distances of pixels without a label may be imprecise."""
     about, maps = _about_mean(anchors), matrices(features)
-    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
-    distances = features.new_empty(shape, dtype=torch.float32)
-    losses = distances.new_empty(labels.shape)
+    losses, distances = reference.new_map(features), reference.new_map(features, len(anchors))
 
     def compute(scratch: Scratch, x: Tensor, y: Tensor, loss: Tensor, out: Tensor) -> None:
         y = y.to(torch.int64)

@@ -20,20 +20,8 @@ from .blocks import (
     scalars,
     views_of_blocks,
 )
-from .reference import is_finite, offsets_from, result_dtype, wide_dtype, zero_unless
-from .registration import register, with_derivative, without_derivative
-
-
-def _new_map(features: Tensor, channels: int) -> Tensor:
-    """Allocate a result (N, K, *) of features (N, D, *)."""
-    shape = features.shape[0], channels, *features.shape[2:]
-    return features.new_empty(shape, dtype=result_dtype(features))
-
-
-def _directional(gradient: Tensor, tangent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum over the channels of gradient times tangent, (N, D, *) both."""
-    return (gradient.to(dtype) * tangent.to(dtype)).sum(dim=1)
-
+from .reference import is_finite, new_map, offsets_from, result_dtype, wide_dtype, zero_unless
+from .registration import of_each_pixel, register, with_derivative, without_derivative
 
 # -------------------------------------------------------------------------------- quadratic forms
 
@@ -46,7 +34,7 @@ def _quadratic_forms(features: Tensor, linear: Tensor, squared: Tensor) -> Tenso
     """
     maps, dtype = matrices(features), result_dtype(features)
     linear, squared = linear.to(dtype), squared.to(dtype)
-    forms = _new_map(features, len(linear))
+    forms = new_map(features, len(linear))
 
     def compute(scratch: Scratch, x: Tensor, out: Tensor) -> None:
         for x_, out_ in parts(part, x, out):
@@ -88,7 +76,7 @@ def _quadratic_forms_backward(
 _quadratic_forms_operator = register(
     "quadratic_forms(Tensor features, Tensor linear, Tensor squared) -> Tensor",
     _quadratic_forms,
-    lambda features, linear, squared: _new_map(features, len(linear)),
+    lambda features, linear, squared: new_map(features, len(linear)),
 )
 quadratic_forms_backward = without_derivative(
     register(
@@ -134,7 +122,7 @@ quadratic_forms = with_derivative(_quadratic_forms_operator, _QuadraticForms)
 def _map_distances(features: Tensor, reference: Tensor) -> Tensor:
     """Return ‖x − r‖ (N, *) of the pixels of two maps (N, D, *); differentiable in the first."""
     maps, others, dtype = matrices(features), matrices(reference), result_dtype(features)
-    distances = _new_map(features, 1)
+    distances = new_map(features)
 
     def compute(scratch: Scratch, x: Tensor, r: Tensor, out: Tensor) -> None:
         for x_, r_, out_ in parts(part, x, r, out):
@@ -143,8 +131,8 @@ def _map_distances(features: Tensor, reference: Tensor) -> Tensor:
         out.sqrt_()
 
     part = pixels_of_part(maps, dtype)
-    for_each_block(compute, maps, others, matrices(distances), part=part)
-    return distances.squeeze(1)
+    for_each_block(compute, maps, others, scalars(distances), part=part)
+    return distances
 
 
 def _map_distances_backward(
@@ -169,7 +157,7 @@ def _map_distances_backward(
 _map_distances_operator = register(
     "map_distances(Tensor features, Tensor reference) -> Tensor",
     _map_distances,
-    lambda features, reference: _new_map(features, 1).squeeze(1),
+    lambda features, reference: new_map(features),
 )
 map_distances_backward = without_derivative(
     register(
@@ -181,27 +169,7 @@ map_distances_backward = without_derivative(
 )
 
 
-class _MapDistances(torch.autograd.Function):
-    generate_vmap_rule = True
-    forward = staticmethod(_map_distances_operator)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output, *inputs)
-        ctx.save_for_forward(output, *inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_distances: Tensor) -> tuple[Tensor, None]:
-        return map_distances_backward(grad_distances, *ctx.saved_tensors), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        distances = ctx.saved_tensors[0]
-        gradient = map_distances_backward(torch.ones_like(distances), *ctx.saved_tensors)
-        return _directional(gradient, tangent, distances.dtype)
-
-
-map_distances = with_derivative(_map_distances_operator, _MapDistances)
+map_distances = of_each_pixel(_map_distances_operator, map_distances_backward)
 
 
 # ----------------------------------------------------------------------------- sums over all pixels

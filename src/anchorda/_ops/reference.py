@@ -107,7 +107,7 @@ def image_sums_backward(grad_sums: Tensor, features: Tensor, labels: Tensor) -> 
 def anchor_distances(features: Tensor, anchors: Tensor) -> Tensor:
     """Return distances (N, C, *): infinite to unseen classes, else NaN for non-finite pixels."""
     rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
-    distances = _new_distances(features, anchors)
+    distances = new_map(features, anchors.shape[0])
     unseen = (
         nearest_of_class((rows.squares == math.inf).to(rows.points.dtype)[None], rows.per_class)
         == 1
@@ -197,7 +197,7 @@ def active_labels(
 def pixel_losses(features: Tensor, labels: Tensor, anchors: Tensor, distance: str) -> Tensor:
     """Return the distance (N, *) to the nearest anchor of the label, 0 for negative labels."""
     rows = anchor_rows(anchors, torch.promote_types(result_dtype(features), anchors.dtype))
-    losses = features.new_empty(labels.shape, dtype=result_dtype(features))
+    losses = new_map(features)
     maps, part = matrices(features), pixels_of_part(features, rows.points.dtype)
 
     def compute(scratch: Scratch, x: Tensor, y: Tensor, out: Tensor) -> None:
@@ -253,8 +253,7 @@ def contrastive_losses(
     NaN to all classes where a feature is not finite.
     """
     rows, maps = anchor_rows(anchors, wide_dtype(features)), matrices(features)
-    distances = _new_distances(features, anchors)
-    losses = distances.new_empty(labels.shape)
+    losses, distances = new_map(features), new_map(features, anchors.shape[0])
 
     def compute(scratch: Scratch, x: Tensor, y: Tensor, loss: Tensor, out: Tensor) -> None:
         for x_, y_, loss_, out_ in parts(part, x, y.to(torch.int64), loss, out):
@@ -311,17 +310,15 @@ def wide_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if has_float64(features.device) else torch.float32
 
 
+def new_map(features: Tensor, *channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocate a map (N, *) or, with K channels, (N, K, *); by default in the dtype of results."""
+    shape = (features.shape[0], *channels, *features.shape[2:])
+    return features.new_empty(shape, dtype=dtype or result_dtype(features))
+
+
 def new_nearest(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the results of `nearest_anchors`."""
-    shape = (features.shape[0], *features.shape[2:])
-    labels = torch.empty(shape, dtype=torch.int32, device=features.device)
-    nearest = torch.empty(shape, dtype=result_dtype(features), device=features.device)
-    return labels, nearest, torch.empty_like(nearest)
-
-
-def _new_distances(features: Tensor, anchors: Tensor) -> Tensor:
-    shape = (features.shape[0], anchors.shape[0], *features.shape[2:])
-    return torch.empty(shape, dtype=result_dtype(features), device=features.device)
+    return new_map(features, dtype=torch.int32), new_map(features), new_map(features)
 
 
 def distances_of(x: Tensor, rows: Anchors, scratch: Scratch) -> Tensor:

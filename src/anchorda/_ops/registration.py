@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Operator = Callable[..., Any]
 _LIBRARY = torch.library.Library("anchorda", "DEF")
@@ -49,6 +50,52 @@ def with_derivative(operator: Operator, function: type[torch.autograd.Function])
         return function.apply(*arguments)
 
     return call
+
+
+def of_each_pixel(operator: Operator, gradient: Operator) -> Operator:
+    """Return an operator, whose first result (N, *) is a number of each pixel, with derivatives.
+
+    Args:
+        operator: of features, other tensors and, last, settings. Of several results the first alone
+            has a gradient.
+        gradient: of the gradient of that result, the operator's last result, and its arguments.
+    """
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(operator)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+            results = output if isinstance(output, tuple) else (output,)
+            tensors = [value for value in inputs if isinstance(value, Tensor)]
+            ctx.settings, ctx.no_gradients = inputs[len(tensors) :], [None] * (len(inputs) - 1)
+            ctx.no_tangents = [None] * (len(results) - 1)
+            ctx.mark_non_differentiable(*results[1:])
+            ctx.set_materialize_grads(False)  # no zeros for the other results
+            ctx.save_for_backward(results[-1], *tensors)
+            ctx.save_for_forward(results[-1], *tensors)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # noqa: ANN401
+            if grad is not None:
+                grad = gradient(grad, *ctx.saved_tensors, *ctx.settings)
+            return grad, *ctx.no_gradients
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:  # noqa: ANN401
+            ones = torch.ones_like(tangent[:, 0], dtype=ctx.saved_tensors[0].dtype)
+            slopes = gradient(ones, *ctx.saved_tensors, *ctx.settings)
+            derivative = directional(slopes, tangent)
+            return (derivative, *ctx.no_tangents) if ctx.no_tangents else derivative
+
+    return with_derivative(operator, Function)
+
+
+def directional(gradient: Tensor, tangent: Tensor) -> Tensor:
+    """Return the sum (N, *) over the channels of gradient times tangent, both (N, D, *)."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(dtype) * tangent.to(dtype)).sum(dim=1)
 
 
 def without_derivative(operator: Operator) -> Operator:
