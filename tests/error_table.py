@@ -50,6 +50,7 @@ EXAMPLES = [
     "anchorda.soft_class_sums(features, logits[:, :, ::2])",
     "anchorda.margin_limits(anchors.long().numpy())",
     "anchorda.anchor_health(anchors, np.ones(4))",
+    "anchorda.anchor_health(anchors, counts[:2])",
     "anchorda.warn_unreachable_margins(1.0, anchors.to('meta'))",
     "anchorda.CategoryAnchors(4, 3).update_sums(anchors[:2], counts)",
     "anchorda.CategoryAnchors(4, 3).merge(anchors)",

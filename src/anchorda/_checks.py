@@ -128,7 +128,6 @@ def check_same_labels(first: Tensor, second: Tensor, names: tuple[str, str]) -> 
 
 def check_anchors(anchors: Tensor, features: Tensor) -> None:
     """Reject anchors that are not a floating-point tensor (C, D) or (C, M, D) beside features."""
-    check_tensor(anchors, "anchors")
     check_floating(anchors, "anchors")
     dim = features.shape[1]
     if not _has_anchors(anchors) or anchors.shape[-1] != dim:
@@ -146,7 +145,6 @@ def check_anchors(anchors: Tensor, features: Tensor) -> None:
 
 def check_anchor_groups(anchors: Tensor, name: str = "anchors") -> None:
     """Reject anchors that are not a floating-point tensor (C, D) or (C, M, D)."""
-    check_tensor(anchors, name)
     check_floating(anchors, name)
     if not _has_anchors(anchors):
         raise ValueError(
@@ -157,7 +155,6 @@ def check_anchor_groups(anchors: Tensor, name: str = "anchors") -> None:
 
 def check_anchor_rows(anchors: Tensor, name: str = "anchors") -> None:
     """Reject anchors that are not a floating-point tensor (C, D)."""
-    check_tensor(anchors, name)
     check_floating(anchors, name)
     if anchors.ndim != 2 or anchors.shape[0] < 1 or anchors.shape[1] < 1:
         raise ValueError(
@@ -166,16 +163,9 @@ def check_anchor_rows(anchors: Tensor, name: str = "anchors") -> None:
         )
 
 
-def check_same_anchors(previous: Tensor, anchors: Tensor) -> None:
-    """Reject previous anchors that are not of the shape and on the device of the present ones."""
-    check_anchor_rows(previous, "previous")
-    check_alike(previous, "previous", anchors, "anchors")
-
-
 def check_scores(scores: Tensor, labels: Tensor) -> None:
     """Reject scores that are not floating point and of the shape and device of the labels."""
     check_label_map(labels)
-    check_tensor(scores, "scores")
     check_floating(scores, "scores")
     fix = _fix_same(labels, scores, ("labels", "scores")) if scores.ndim > labels.ndim else ""
     check_alike(scores, "scores", labels, "labels", fix or " Pass both as a labeler returned them.")
@@ -188,7 +178,6 @@ def check_pixel_weights(weights: Tensor | None, labels: Tensor, name: str = "lab
     """
     if weights is None:
         return
-    check_tensor(weights, "pixel_weights")
     check_floating(weights, "pixel_weights")
     check_alike(weights, "pixel_weights", labels, name)
 
@@ -249,6 +238,18 @@ def check_per_class(
     check_device(values, name, like, like_name)
 
 
+def check_one_per_class(
+    values: Tensor, name: str, num_classes: int, like: Tensor, like_name: str, fix: str = ""
+) -> None:
+    """Reject per-class values (C,) of another shape or device than a tensor with C classes."""
+    if tuple(values.shape) != (num_classes,):
+        raise ValueError(
+            f"Expected `{name}` of shape (C,) = ({num_classes},) to match `{like_name}`, "
+            f"but got {tuple(values.shape)}.{fix}"
+        )
+    check_device(values, name, like, like_name)
+
+
 def from_array(value: npt.NDArray[np.generic], dtype: torch.dtype) -> Tensor:
     """Copy an array: it may be read-only, or in a byte order or dtype that torch does not have."""
     return torch.from_numpy(value.astype(np.float64 if dtype.is_floating_point else np.int64))
@@ -259,7 +260,6 @@ def as_floats(
 ) -> Tensor:
     """Return a floating-point tensor as it is, and an array as a float64 tensor on a device."""
     if not isinstance(value, np.ndarray):
-        check_tensor(value, name)
         check_floating(value, name)
         return value
     if value.dtype.kind != "f":
@@ -287,7 +287,6 @@ def as_integers(
 
 def check_sums(sums: Tensor, counts: Tensor, shape: tuple[int, int] | None = None) -> None:
     """Reject class sums that are not floating point (C, D) with integer counts (C,)."""
-    check_tensor(sums, "sums")
     check_floating(sums, "sums")
     check_integers(counts, "counts")
     size = f" = {shape}" if shape else ""
@@ -446,7 +445,8 @@ def check_values(value: Tensor, name: str) -> None:
 
 
 def check_floating(value: Tensor, name: str) -> None:
-    """Reject a tensor that is not of a floating-point dtype that torch computes in."""
+    """Reject what is not a tensor of a floating-point dtype that torch computes in."""
+    check_tensor(value, name)
     if value.dtype not in FLOATS:
         raise TypeError(
             f"Expected `{name}` of a floating-point dtype, but got {value.dtype}. "
@@ -455,7 +455,7 @@ def check_floating(value: Tensor, name: str) -> None:
 
 
 def check_integers(value: Tensor, name: str) -> None:
-    """Reject a tensor that is not of an integer dtype."""
+    """Reject what is not a tensor of an integer dtype."""
     check_tensor(value, name)
     if value.dtype not in INTEGERS:
         raise TypeError(

@@ -26,6 +26,7 @@ from ._checks import (
     check_labels,
     check_logits,
     check_mergeable,
+    check_one_per_class,
     check_range,
     check_same_pixels,
     check_size,
@@ -393,12 +394,7 @@ class CategoryAnchors(nn.Module):
             weights = finite.long()
         else:
             weights = as_integers(counts, "counts", rows.device)
-            if weights.shape != rows.shape[:1]:
-                raise ValueError(
-                    f"Expected `counts` of shape (C,) = {tuple(rows.shape[:1])} to match "
-                    f"`centroids`, but got {tuple(weights.shape)}."
-                )
-            check_device(weights, "counts", rows, "centroids")
+            check_one_per_class(weights, "counts", len(rows), rows, "centroids")
             check_values(rows, "centroids")
             weights = torch.where(finite, weights.to(anchors.counts), 0)
             if (weights < 0).any():

@@ -21,15 +21,16 @@ from ._checks import (
     as_floats,
     as_integers,
     as_per_class,
+    check_alike,
     check_anchor_groups,
     check_anchor_rows,
     check_class_names,
     check_count,
     check_device,
     check_mergeable,
+    check_one_per_class,
     check_per_class,
     check_range,
-    check_same_anchors,
     check_same_labels,
     check_scores,
     check_values,
@@ -403,16 +404,12 @@ def anchor_health(
     check_anchor_rows(anchors)
     counts = as_integers(counts, "counts", anchors.device)
     min_count = check_count(min_count, "min_count")
-    if counts.shape != anchors.shape[:1]:
-        raise ValueError(
-            f"Expected `counts` of shape (C,) = ({len(anchors)},) to match `anchors`, "
-            f"but got {tuple(counts.shape)}."
-        )
-    check_device(counts, "counts", anchors, "anchors")
+    check_one_per_class(counts, "counts", len(anchors), anchors, "anchors")
     counts = counts.long()  # Not all operators know unsigned dtypes.
     if previous is not None:
         previous = as_floats(previous, "previous", anchors.device)
-        check_same_anchors(previous, anchors)
+        check_anchor_rows(previous, "previous")
+        check_alike(previous, "previous", anchors, "anchors")
     to_others = _to_other_classes(anchors).squeeze(1)
     limits, nearest = to_others.min(dim=1)
     seen = anchors.isfinite().all(dim=1)

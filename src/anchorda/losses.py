@@ -32,11 +32,11 @@ from ._checks import (
     check_floating,
     check_labels,
     check_logits,
+    check_one_per_class,
     check_pixel_weights,
     check_positive,
     check_range,
     check_same_pixels,
-    check_tensor,
 )
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import move_buffers
@@ -315,7 +315,6 @@ def anchor_distribution_loss(
     check_anchor_rows(means, "means")
     check_feature_dim(features, means.shape[1])
     check_device(means, "means", features, "features")
-    check_tensor(variances, "variances")
     check_floating(variances, "variances")
     check_alike(variances, "variances", means, "means")
     check_labels(labels, features)
@@ -925,11 +924,7 @@ def _cross_entropies(
 def _weight_of_classes(weight: PerClass, logits: Tensor) -> Tensor:
     """Return the weights (C,) on the device of the logits."""
     values = as_per_class(weight, "weight")
-    if tuple(values.shape) != (logits.shape[1],):
-        raise ValueError(
-            f"Expected `weight` of shape (C,) = ({logits.shape[1]},) to match `logits`, "
-            f"but got {tuple(values.shape)}."
-        )
-    if isinstance(weight, Tensor):
-        check_device(weight, "weight", logits, "logits")
-    return values.to(logits.device)
+    if not isinstance(weight, Tensor):
+        values = values.to(logits.device)
+    check_one_per_class(values, "weight", logits.shape[1], logits, "logits")
+    return values

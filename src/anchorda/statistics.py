@@ -19,6 +19,7 @@ from ._checks import (
     check_floating,
     check_labels,
     check_mergeable,
+    check_one_per_class,
     check_range,
     check_tensor,
 )
@@ -136,12 +137,8 @@ def linear_discriminant(
 def _log_priors(priors: Tensor, anchors: Tensor) -> Tensor:
     """Return the logarithms (C,) of priors, scaled to sum 1, in float64."""
     check_tensor(priors, "priors")
-    if priors.ndim != 1 or len(priors) != len(anchors):
-        raise ValueError(
-            f"Expected `priors` of shape (C,) = ({len(anchors)},) to match `anchors`, but got "
-            f"{tuple(priors.shape)}. Pass the counts of the classes."
-        )
-    check_device(priors, "priors", anchors, "anchors")
+    fix = " Pass the counts of the classes."
+    check_one_per_class(priors, "priors", len(anchors), anchors, "anchors", fix)
     shares = priors.detach().to(torch.float64 if has_float64(priors.device) else torch.float32)
     return (shares / shares.sum()).log()
 
@@ -183,7 +180,6 @@ def whitening_matrix(covariance: Tensor, *, shrinkage: float = 0.01) -> Tensor:
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
     """Return a covariance that is moved towards a multiple of the identity, in float64."""
-    check_tensor(covariance, "covariance")
     check_floating(covariance, "covariance")
     if covariance.ndim != 2 or len(covariance) != covariance.shape[1]:
         raise ValueError(
