@@ -29,13 +29,18 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return shifted
 
 
-def smallest_of_classes(
-    classes: Tensor, priorities: Tensor, num_classes: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Return indices (C, K) of each class's smallest priorities, and which of them exist.
+def sample_of_classes(
+    classes: Tensor, num_classes: int, count: int, *, seen: Tensor, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample pixels (P,) of each class, C where a pixel has none; P ≥ 1.
 
     By one sort and fixed shapes, so that the host does not wait for the device.
+
+    Returns:
+        Indices (C, K) of pixels, their priorities (C, K), and the number (C,) of a class's pixels.
     """
+    # Numbered throughout the stream, so that its division into batches does not matter.
+    priorities = random_priorities((classes < num_classes).cumsum(0) + seen, seed)
     order = ((classes << _PRIORITY_BITS) + priorities).argsort(stable=True)
     in_order = classes[order]
     sizes = classes.new_zeros(num_classes + 1)
@@ -43,9 +48,9 @@ def smallest_of_classes(
     rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[in_order]
     unused = num_classes * count
     slots = torch.where((in_order < num_classes) & (rank < count), in_order * count + rank, unused)
-    chosen = order.new_zeros(unused + 1).scatter_(0, slots, order)[:-1]
+    chosen = order.new_zeros(unused + 1).scatter_(0, slots, order)[:-1].view(num_classes, count)
     found = torch.arange(count, device=order.device) < sizes[:-1, None]
-    return chosen.view(num_classes, count), found
+    return chosen, torch.where(found, priorities[chosen], NO_PRIORITY), sizes[:-1]
 
 
 def join_samples(

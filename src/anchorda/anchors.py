@@ -34,8 +34,8 @@ from ._checks import (
     check_values,
 )
 from ._ops.majority import majority
-from ._ops.reference import has_float64
-from ._sampling import NO_PRIORITY, join_samples, random_priorities, smallest_of_classes
+from ._ops.reference import has_float64, result_dtype
+from ._sampling import NO_PRIORITY, join_samples, random_priorities, sample_of_classes
 from ._state import move_buffers, receive_state, sent_state
 
 # Sampled features of a class, for each of its anchors, that the first ones are chosen from.
@@ -570,8 +570,7 @@ class AnchorClusters(nn.Module):
         self.register_buffer("sums", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(shape[:2], dtype=torch.int64))
         self.register_buffer("candidates", torch.zeros(num_classes, 0, feature_dim))
-        empty = torch.zeros(num_classes, 0, dtype=torch.int64)
-        self.register_buffer("priorities", empty)
+        self.register_buffer("priorities", torch.zeros(num_classes, 0, dtype=torch.int64))
         self._resize(_CANDIDATES * anchors_per_class)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -589,9 +588,7 @@ class AnchorClusters(nn.Module):
             return
         # To the own anchors alone: the other classes' would be M·C distances a pixel.
         present = self.anchors.isfinite().all(dim=2).to(features.device)
-        points = self.anchors.to(
-            features.device, torch.promote_types(features.dtype, torch.float32)
-        )
+        points = self.anchors.to(features.device, result_dtype(features))
         squared = torch.stack(
             [
                 torch.where(
@@ -675,20 +672,16 @@ class AnchorClusters(nn.Module):
         norms = _ops.pixel_losses(features, torch.zeros_like(labels), zero, "euclidean")
         used = (labels >= 0) & norms.isfinite()
         classes = torch.where(used, labels, num_classes).flatten()
-        ordinals = used.flatten().cumsum(0) + self.counts.sum().to(used.device)
-        priorities = random_priorities(ordinals, self.seed)
-        chosen, found = smallest_of_classes(classes, priorities, num_classes, count)
+        seen = self.counts.sum().to(used.device)
+        chosen, priorities, sizes = sample_of_classes(
+            classes, num_classes, count, seen=seen, seed=self.seed
+        )
         pixels = features.flatten(2) if features.ndim > 2 else features.unsqueeze(2)
         rows = pixels[chosen // pixels.shape[2], :, chosen % pixels.shape[2]].to(self.candidates)
-        of_rows = torch.where(found, priorities[chosen], NO_PRIORITY).to(self.priorities)
         self.candidates, self.priorities = join_samples(
-            (self.candidates, self.priorities), (rows, of_rows)
+            (self.candidates, self.priorities), (rows, priorities.to(self.priorities))
         )
-        added = self.counts.new_zeros(num_classes + 1)
-        added.scatter_add_(
-            0, classes.to(added.device), torch.ones_like(added[:1]).expand(len(classes))
-        )
-        self.counts[:, 0] += added[:-1]
+        self.counts[:, 0] += sizes.to(self.counts)
 
     def _seeds(self) -> Tensor:
         """Return seeds (C, M, D) of k-means++ from the candidates; NaN where not distinct."""

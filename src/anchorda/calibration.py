@@ -35,7 +35,7 @@ from ._checks import (
     check_scores,
     check_values,
 )
-from ._ops.reference import has_float64
+from ._ops.reference import wide_dtype
 from ._state import move_buffers, receive_state, sent_state
 from .pseudo_labels import anchor_distances
 
@@ -185,9 +185,8 @@ class ScoreCalibrator(nn.Module):
 
     def curve(self) -> PrecisionCoverage:
         """Return coverage and precision of each class at every candidate."""
-        dtype = torch.float64 if has_float64(self.counts.device) else torch.float32
         right, wrong, _ = above = _above(self.counts)
-        labeled = above.sum(dim=0)
+        labeled, dtype = above.sum(dim=0), wide_dtype(above)
         coverage = labeled.to(dtype) / labeled[:, :1]
         return PrecisionCoverage(self.edges.clone(), coverage, right.to(dtype) / (right + wrong))
 

@@ -125,9 +125,6 @@ def all_reduce(state: State, *, group: dist.ProcessGroup | None = None) -> None:
             ``torch.distributed`` it is left as it is.
         group: the processes that take part; ``None`` is all of them.
 
-    Returns:
-        Nothing.
-
     Raises:
         TypeError: if ``state`` is of another kind.
         ValueError: on every rank, if the kinds or settings differ between ranks; or if this process

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ._checks import check_count, check_device, check_mergeable, check_same_labels
-from ._ops.reference import has_float64
+from ._ops.reference import wide_dtype
 from ._state import receive_state, sent_state
 
 
@@ -188,5 +188,4 @@ def _merge_counts(counts: Tensor, other: Tensor) -> None:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    dtype = torch.float64 if has_float64(part.device) else torch.float32
-    return part.to(dtype) / whole
+    return part.to(wide_dtype(part)) / whole

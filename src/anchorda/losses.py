@@ -38,6 +38,7 @@ from ._checks import (
     check_range,
     check_same_pixels,
 )
+from ._ops.reference import result_dtype
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import move_buffers
 
@@ -143,7 +144,7 @@ def discriminative_loss(
     label_smoothing = check_range(label_smoothing, "label_smoothing", 0.0, 1.0)
     check_pixel_weights(pixel_weights, labels)
     if weight is not None:
-        weight = _weight_of_classes(weight, logits).to(_loss_dtype(logits))
+        weight = _weight_of_classes(weight, logits).to(result_dtype(logits))
     targets = _labels_in_range(labels, logits.shape[1])
     active = targets >= 0
     losses = _cross_entropies(logits, targets, weight, label_smoothing)
@@ -259,7 +260,7 @@ def anchor_consistency_loss(
     temperature = check_positive(temperature, "temperature")
     check_pixel_weights(pixel_weights, features[:, 0], "features")
     seen = seen_classes(anchors, features.ndim - 1)
-    teacher = teacher_probabilities.detach().to(_loss_dtype(features))
+    teacher = teacher_probabilities.detach().to(result_dtype(features))
     active = teacher.isfinite().all(dim=1) & torch.where(seen, teacher > 0, False).any(dim=1)
     teacher = torch.where(seen & active.unsqueeze(1), teacher, 0.0)
     logits = similarities(features, anchors, similarity, active) / temperature
@@ -320,7 +321,7 @@ def anchor_distribution_loss(
     check_labels(labels, features)
     check_pixel_weights(pixel_weights, labels)
     temperature = check_positive(temperature, "temperature")
-    means, variances = means.detach().to(_loss_dtype(means)), variances.detach()
+    means, variances = means.detach().to(result_dtype(means)), variances.detach()
     seen = means.isfinite().all(dim=1) & variances.isfinite().all(dim=1)
     targets = _labels_in_range(labels, len(means))
     targets = torch.where(seen[targets], targets, -1)
@@ -381,7 +382,7 @@ def symmetric_cross_entropy(
     targets = _labels_in_range(labels, logits.shape[1])
     active = targets >= 0
     # At once, so that the gradients of the two parts are not added up in half precision.
-    logits = torch.where(active.unsqueeze(1), logits.to(_loss_dtype(logits)), 0.0)
+    logits = torch.where(active.unsqueeze(1), logits.to(result_dtype(logits)), 0.0)
     probabilities = logits.softmax(dim=1).clamp(1e-7, 1.0)
     classes = torch.arange(logits.shape[1], device=logits.device)
     others = targets.unsqueeze(1) != classes.view(-1, *[1] * (logits.ndim - 2))
@@ -415,7 +416,7 @@ def information_maximization_loss(logits: Tensor) -> Tensor:
     tensor(-0.6931)
     """
     check_logits(logits)
-    probabilities = logits.to(_loss_dtype(logits)).softmax(dim=1).movedim(1, -1).flatten(0, -2)
+    probabilities = logits.to(result_dtype(logits)).softmax(dim=1).movedim(1, -1).flatten(0, -2)
     mean = probabilities.sum(dim=0) / max(1, len(probabilities))
     entropies = -(probabilities * (probabilities + 1e-5).log()).sum()
     return entropies / max(1, len(probabilities)) + (mean * (mean + 1e-5).log()).sum()
@@ -897,11 +898,6 @@ def _shares(targets: Tensor, num_classes: int, average: Average, dtype: torch.dt
     return active.to(dtype) / (counts[targets] * present).clamp(min=1)
 
 
-def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of a loss: float64 for float64, else float32."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _cross_entropies(
     logits: Tensor,
     targets: Tensor,
@@ -910,7 +906,7 @@ def _cross_entropies(
 ) -> Tensor:
     """Return the cross-entropy (N, *) of each pixel, 0 where the target is −1."""
     # The softmax of an ignored pixel enters the gradient as 0·softmax: NaN where that is NaN.
-    logits = torch.where((targets >= 0).unsqueeze(1), logits.to(_loss_dtype(logits)), 0.0)
+    logits = torch.where((targets >= 0).unsqueeze(1), logits.to(result_dtype(logits)), 0.0)
     return F.cross_entropy(
         logits,
         targets,

@@ -27,7 +27,7 @@ from ._checks import (
     check_same_labels,
 )
 from ._ops import exportable
-from ._ops.reference import active_labels
+from ._ops.reference import active_labels, result_dtype
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
 from ._state import adopt_shapes, move_buffers
 
@@ -157,8 +157,7 @@ def rectify(probabilities: Tensor, assignments: Tensor) -> Tensor:
     check_features(probabilities, "probabilities")
     check_features(assignments, "assignments")
     check_alike(assignments, "assignments", probabilities, "probabilities")
-    dtype = torch.promote_types(probabilities.dtype, assignments.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = torch.promote_types(result_dtype(probabilities), assignments.dtype)
     product = probabilities.detach().to(dtype) * assignments.detach()
     total = product.sum(dim=1, keepdim=True)
     return product / torch.where(total == 0, 1.0, total)
@@ -210,7 +209,7 @@ def sinkhorn_assignments(
         )
     epsilon = check_positive(epsilon, "epsilon")
     iterations = check_count(iterations, "iterations")
-    log_q = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    log_q = scores.detach().to(result_dtype(scores)) / epsilon
     valid = (log_q < math.inf).all(dim=1, keepdim=True)
     log_q = torch.where(valid, log_q, -math.inf)
     log_shares = torch.zeros_like(log_q[:1])

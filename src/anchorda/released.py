@@ -24,6 +24,7 @@ from ._checks import (
     check_range,
     described,
 )
+from ._ops.reference import result_dtype
 from ._pickles import UnfitError, format_of, read, to_tensor
 from .anchors import keep_correct, resize_labels
 from .losses import discriminative_loss
@@ -124,7 +125,8 @@ def cag_uda_loss(
 
     resized = resize_labels(source_labels, source_features.shape[2:])
     # At once, so that the gradients of the two target losses are not added up in half precision.
-    source_logits, target_logits = _single(source_logits), _single(target_logits)
+    source_logits = source_logits.to(result_dtype(source_logits))
+    target_logits = target_logits.to(result_dtype(target_logits))
     source = discriminative_loss(_interpolate(source_logits, source_labels), source_labels)
     pseudo = 0.5 * (
         discriminative_loss(target_logits, anchor_labels)
@@ -202,10 +204,6 @@ def _reason(file: IO[bytes], error: Exception) -> str:
     except Exception:  # An archive may be damaged in any way.
         known = None
     return f"it is {known}" if known else f"it is damaged: {error!r}"
-
-
-def _single(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _interpolate(logits: Tensor, labels: Tensor) -> Tensor:

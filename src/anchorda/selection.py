@@ -21,8 +21,8 @@ from ._checks import (
     check_positive,
     check_same_labels,
 )
-from ._ops.reference import has_float64
-from ._sampling import NO_PRIORITY, join_samples, random_priorities, smallest_of_classes
+from ._ops.reference import result_dtype, wide_dtype
+from ._sampling import NO_PRIORITY, join_samples, sample_of_classes
 from ._state import adopt_shapes, move_buffers, receive_state, sent_state
 from .evaluation import ConfusionMatrix
 
@@ -100,8 +100,7 @@ class SoftNeighborhoodDensity(nn.Module):
         self.seed = check_int(seed, "seed")
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("rows", torch.zeros(0, pixels_per_class, 0))
-        empty = torch.zeros(0, pixels_per_class, dtype=torch.int64)
-        self.register_buffer("priorities", empty)
+        self.register_buffer("priorities", torch.zeros(0, pixels_per_class, dtype=torch.int64))
 
     def update(self, logits: Tensor) -> None:
         """Add logits ``(N, C, *)``; a pixel with a logit that is not finite is left out."""
@@ -110,17 +109,16 @@ class SoftNeighborhoodDensity(nn.Module):
         check_device(self.counts, "counts", logits, "logits")
         num_classes = logits.shape[1]
         pixels = logits.detach().movedim(1, -1).flatten(0, -2)
-        is_finite = pixels.isfinite().all(dim=1)
-        classes = torch.where(is_finite, pixels.argmax(dim=1), num_classes)
-        # Numbered throughout the stream, so that its division into batches does not matter.
-        priorities = random_priorities(is_finite.cumsum(0) + self.counts.sum(), self.seed)
-        chosen, found = smallest_of_classes(classes, priorities, num_classes, self.pixels_per_class)
-        if len(pixels) > 0:
-            rows = _unit_probabilities(pixels[chosen.flatten()]).view(*chosen.shape, num_classes)
-            of_rows = torch.where(found, priorities[chosen], NO_PRIORITY)
-            self._join(rows, of_rows)
-        ones = torch.ones_like(classes)
-        self.counts += ones.new_zeros(num_classes + 1).scatter_add_(0, classes, ones)[:-1]
+        if len(pixels) == 0:
+            return
+        classes = torch.where(pixels.isfinite().all(dim=1), pixels.argmax(dim=1), num_classes)
+        seen, count = self.counts.sum(), self.pixels_per_class
+        chosen, priorities, sizes = sample_of_classes(
+            classes, num_classes, count, seen=seen, seed=self.seed
+        )
+        rows = _unit_probabilities(pixels[chosen.flatten()]).view(*chosen.shape, num_classes)
+        self._join(rows, priorities)
+        self.counts += sizes
 
     def merge(self, other: Self) -> None:
         """Add what another one with the same settings has seen."""
@@ -148,8 +146,7 @@ class SoftNeighborhoodDensity(nn.Module):
         Raises:
             ValueError: if no pixel with finite logits was added.
         """
-        dtype = torch.float64 if has_float64(self.rows.device) else torch.float32
-        stored = (self.priorities != NO_PRIORITY).flatten()
+        stored, dtype = (self.priorities != NO_PRIORITY).flatten(), wide_dtype(self.rows)
         x = self.rows.flatten(0, 1).to(dtype)[stored]
         if len(x) == 0:
             raise ValueError(
@@ -179,13 +176,8 @@ class SoftNeighborhoodDensity(nn.Module):
 
     def _reserve(self, num_classes: int) -> None:
         """Allocate the sample for C classes at the first batch."""
-        if len(self.counts) == num_classes:
+        if not _is_first(self.counts, num_classes):
             return
-        if len(self.counts) > 0:
-            raise ValueError(
-                f"Expected {len(self.counts)} classes as before, but got {num_classes}. "
-                "Use one score for each network, or call reset() between them."
-            )
         k = self.pixels_per_class
         self.counts = self.counts.new_zeros(num_classes)
         self.rows = self.rows.new_zeros(num_classes, k, num_classes)
@@ -483,25 +475,28 @@ class LabelAgreement(nn.Module):
         return self.confusion.iou().nanmean()
 
 
-def _same_classes(state: Tensor, num_classes: int) -> Tensor:
-    """Return the state if it is of C classes; zeros if it is of none yet."""
-    if len(state) == num_classes:
-        return state
-    if len(state) > 0:
+def _is_first(state: Tensor, num_classes: int) -> bool:
+    """Return True if a state is of no classes yet; reject another number than C."""
+    if len(state) not in (0, num_classes):
         raise ValueError(
             f"Expected {len(state)} classes as before, but got {num_classes}. "
             "Use one score for each network, or call reset() between them."
         )
-    return state.new_zeros([num_classes] * state.ndim)
+    return len(state) == 0
+
+
+def _same_classes(state: Tensor, num_classes: int) -> Tensor:
+    """Return the state if it is of C classes; zeros if it is of none yet."""
+    is_first = _is_first(state, num_classes)
+    return state.new_zeros([num_classes] * state.ndim) if is_first else state
 
 
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities (P, C), 0 where a logit is not finite, and which are finite (P,)."""
     pixels = logits.detach().movedim(1, -1).flatten(0, -2)
     is_finite = pixels.isfinite().all(dim=1)
-    dtype = torch.float64 if pixels.dtype == torch.float64 else torch.float32
-    probabilities = torch.where(is_finite[:, None], pixels.softmax(dim=1, dtype=dtype), 0.0)
-    return probabilities, is_finite
+    probabilities = pixels.softmax(dim=1, dtype=result_dtype(pixels))
+    return torch.where(is_finite[:, None], probabilities, 0.0), is_finite
 
 
 def _unit_probabilities(pixels: Tensor) -> Tensor:

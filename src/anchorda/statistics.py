@@ -23,7 +23,7 @@ from ._checks import (
     check_range,
     check_tensor,
 )
-from ._ops.reference import has_float64
+from ._ops.reference import has_float64, result_dtype, wide_dtype
 from ._state import move_buffers, receive_state, sent_state
 
 
@@ -53,7 +53,7 @@ class LinearDiscriminant(NamedTuple):
         check_features(features)
         check_feature_dim(features, self.weight.shape[-1])
         check_device(features, "features", self.weight, "weight")
-        dtype, kind = torch.promote_types(features.dtype, torch.float32), features.device.type
+        dtype, kind = result_dtype(features), features.device.type
         x, bias = features.to(dtype), self.bias.flatten().to(dtype)
         weight = self.weight.flatten(0, -2).to(dtype)
         available = torch.amp.is_autocast_available(kind)
@@ -139,7 +139,7 @@ def _log_priors(priors: Tensor, anchors: Tensor) -> Tensor:
     check_tensor(priors, "priors")
     fix = " Pass the counts of the classes."
     check_one_per_class(priors, "priors", len(anchors), anchors, "anchors", fix)
-    shares = priors.detach().to(torch.float64 if has_float64(priors.device) else torch.float32)
+    shares = priors.detach().to(wide_dtype(priors))
     return (shares / shares.sum()).log()
 
 
