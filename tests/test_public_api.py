@@ -65,10 +65,28 @@ def described(name: str, value: object) -> Iterator[str]:
         if isinstance(field, ast.AnnAssign) and not ast.unparse(field.target).startswith("_"):
             yield "    " + ast.unparse(field)
     methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+    methods += [assigned(name, vars(value)[name]) for name in assigned_names(node)]
     for method in sorted(methods, key=lambda method: method.name):
         if method.name == "__init__" or not method.name.startswith("_"):
             kinds = [f"@{ast.unparse(decorator)} " for decorator in method.decorator_list]
             yield "    " + "".join(kinds) + method.name + signature(method)
+
+
+def assigned_names(node: ast.ClassDef) -> Iterator[str]:
+    """Yield the names of methods that a class assigns, as ``reset = reset_state``."""
+    for statement in node.body:
+        match statement:
+            case ast.Assign([ast.Name(name)], ast.Name() | ast.Call()):
+                yield name
+
+
+def assigned(name: str, function: object) -> ast.FunctionDef:
+    """Return a function as the method of that name that it is in a class."""
+    assert inspect.isfunction(function), name
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(node, ast.FunctionDef)
+    node.name, node.args.args[0].annotation = name, None
+    return node
 
 
 def signature(node: ast.FunctionDef) -> str:
@@ -93,6 +111,10 @@ def test_public_names_are_those_of_the_snapshot() -> None:
 Score = int | float
 
 
+def _shared(self: object, a: int) -> str:
+    return str(a)
+
+
 @dataclass(frozen=True)
 class _Example:
     scores: Score
@@ -109,6 +131,8 @@ class _Example:
 
     def also(self, a: int, /, b: float = 0.5, *, c: bool = True) -> None: ...
 
+    shared = _shared
+
     def _private(self) -> None: ...
 
 
@@ -120,6 +144,7 @@ def test_a_name_is_described_by_all_that_its_users_rely_on() -> None:
         "    also(self, a: int, /, b: float=0.5, *, c: bool=True) -> None",
         "    @classmethod made(cls, value: int | None=None) -> '_Example'",
         "    @property seen(self) -> bool",
+        "    shared(self, a: int) -> str",
     ]
 
 

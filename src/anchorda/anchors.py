@@ -1,6 +1,6 @@
 """Class anchors: per-class sums, per-image centroids, and their streaming accumulator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, final
 
 import numpy as np
@@ -17,7 +17,6 @@ from ._checks import (
     check_choice,
     check_count,
     check_device,
-    check_feature_dim,
     check_features,
     check_fits,
     check_ignore_index,
@@ -36,7 +35,7 @@ from ._checks import (
 from ._ops.majority import majority
 from ._ops.reference import has_float64, result_dtype
 from ._sampling import NO_PRIORITY, join_samples, random_priorities, sample_of_classes
-from ._state import move_buffers, receive_state, sent_state
+from ._state import check_batch, move_buffers, receive_state, reset_state, sent_state, shown
 
 # Sampled features of a class, for each of its anchors, that the first ones are chosen from.
 _CANDIDATES = 64
@@ -412,10 +411,7 @@ class CategoryAnchors(nn.Module):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of features ``(N, D, *)`` with labels ``(N, *)``; see `class_sums`."""
-        check_features(features)
-        check_feature_dim(features, self.feature_dim, " Set feature_dim={}.")
-        if has_float64(features.device):
-            check_device(self.means, "anchors", features, "features")
+        check_batch(features, self.means, "anchors")
         self.update_sums(*class_sums(features, labels, self.num_classes))
 
     def update_sums(
@@ -452,12 +448,6 @@ class CategoryAnchors(nn.Module):
         check_device(other.means, "other", self.means, "anchors")
         self._blend(other.means, other.counts, self._share(other.counts))
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.means.zero_()
-        self.counts.zero_()
-        self.passed_with_counts = False
-
     def compute(self) -> Tensor:
         """Return the anchors (C, D) in float32, NaN in the rows of unseen classes."""
         return torch.where(self.seen[:, None], self.means, torch.nan).float()
@@ -478,24 +468,11 @@ class CategoryAnchors(nn.Module):
         if self.max_count is not None:
             self.counts.clamp_(max=self.max_count)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory that no other process shares."""
-        receive_state(self, state)
-
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return (
-            f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
-            f"max_count={self.max_count}, momentum={self.momentum}"
-        )
+    reset = reset_state
+    extra_repr = shown("num_classes", "feature_dim", "max_count", "momentum")
+    _apply = move_buffers
+    __getstate__ = sent_state
+    __setstate__ = receive_state
 
 
 @final
@@ -575,11 +552,8 @@ class AnchorClusters(nn.Module):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of features ``(N, D, *)`` with labels ``(N, *)`` to this pass."""
-        check_features(features)
-        check_feature_dim(features, self.anchors.shape[2], " Set feature_dim={}.")
+        check_batch(features, self.anchors, "anchors")
         check_labels(labels, features)
-        if has_float64(features.device):
-            check_device(self.anchors, "anchors", features, "features")
         features, labels = features.detach(), labels.long()
         num_classes, per_class, dim = self.anchors.shape
         labels = torch.where((labels >= 0) & (labels < num_classes), labels, -1)
@@ -703,10 +677,6 @@ class AnchorClusters(nn.Module):
             squared = torch.minimum(squared, to_seed) if m > 0 else squared * to_seed
         return torch.cat(seeds, dim=1)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *others: object
     ) -> None:
@@ -716,14 +686,6 @@ class AnchorClusters(nn.Module):
             self._resize(saved.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory that no other process shares."""
-        receive_state(self, state)
-
     def extra_repr(self) -> str:
         """Return the settings, as ``repr`` shows them."""
         num_classes, per_class, dim = self.anchors.shape
@@ -731,3 +693,7 @@ class AnchorClusters(nn.Module):
             f"num_classes={num_classes}, feature_dim={dim}, anchors_per_class={per_class}, "
             f"seed={self.seed}"
         )
+
+    _apply = move_buffers
+    __getstate__ = sent_state
+    __setstate__ = receive_state

@@ -27,7 +27,6 @@ from ._checks import (
     check_class_names,
     check_count,
     check_device,
-    check_mergeable,
     check_one_per_class,
     check_per_class,
     check_range,
@@ -36,7 +35,7 @@ from ._checks import (
     check_values,
 )
 from ._ops.reference import wide_dtype
-from ._state import move_buffers, receive_state, sent_state
+from ._state import merge_counts, move_buffers, receive_state, reset_state, sent_state, shown
 from .pseudo_labels import anchor_distances
 
 _BINS_PER_OCTAVE = 64
@@ -135,18 +134,7 @@ class ScoreCalibrator(nn.Module):
 
     def merge(self, other: Self) -> None:
         """Add what another calibrator of as many classes has counted."""
-        check_mergeable(other, self)
-        if other.num_classes != self.num_classes:
-            raise ValueError(
-                f"Expected `other` with {self.num_classes} classes, but got {other.num_classes}."
-            )
-        check_device(other.counts, "other", self.counts, "counts")
-        self.counts.add_(other.counts)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.counts.zero_()
-        self.passed_with_counts = False
+        merge_counts(self, other)
 
     def min_score_for_coverage(self, coverage: float) -> Tensor:
         """Return the largest minimum (C,) float32 that labels this fraction of each class.
@@ -198,17 +186,10 @@ class ScoreCalibrator(nn.Module):
             self.edges = _edges().to(self.edges.device)
         return self
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory that no other process shares."""
-        receive_state(self, state)
-
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"num_classes={self.num_classes}"
+    reset = reset_state
+    extra_repr = shown("num_classes")
+    __getstate__ = sent_state
+    __setstate__ = receive_state
 
 
 def _edges() -> Tensor:

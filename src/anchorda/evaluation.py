@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ._checks import check_count, check_device, check_mergeable, check_same_labels
+from ._checks import check_count, check_device, check_same_labels
 from ._ops.reference import wide_dtype
-from ._state import receive_state, sent_state
+from ._state import merge_counts, receive_state, reset_state, sent_state
 
 
 @final
@@ -54,13 +54,7 @@ class ConfusionMatrix(nn.Module):
 
     def merge(self, other: Self) -> None:
         """Add what another matrix of as many classes has counted."""
-        check_mergeable(other, self)
-        _merge_counts(self.counts, other.counts)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.counts.zero_()
-        self.passed_with_counts = False
+        merge_counts(self, other)
 
     def iou(self) -> Tensor:
         """Return the IoU (C,) float64; NaN for a class neither in the truth nor predicted."""
@@ -76,13 +70,9 @@ class ConfusionMatrix(nn.Module):
         """Return the fraction () float64 of pixels predicted right; NaN without pixels."""
         return _ratio(self.counts.diagonal().sum(), self.counts.sum())
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory that no other process shares."""
-        receive_state(self, state)
+    reset = reset_state
+    __getstate__ = sent_state
+    __setstate__ = receive_state
 
 
 @final
@@ -133,13 +123,7 @@ class PseudoLabelQuality(nn.Module):
 
     def merge(self, other: Self) -> None:
         """Add what another one of as many classes has counted."""
-        check_mergeable(other, self)
-        _merge_counts(self.counts, other.counts)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.counts.zero_()
-        self.passed_with_counts = False
+        merge_counts(self, other)
 
     def coverage(self) -> Tensor:
         """Return the labeled fraction (C,) float64 of each true class; NaN if not in the truth."""
@@ -153,13 +137,9 @@ class PseudoLabelQuality(nn.Module):
         """Return the fraction (C,) float64 of each true class labeled right; NaN if not there."""
         return _ratio(self.counts.diagonal(), self.counts.sum(dim=1))
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory that no other process shares."""
-        receive_state(self, state)
+    reset = reset_state
+    __getstate__ = sent_state
+    __setstate__ = receive_state
 
 
 def _no_counts(num_classes: int) -> Tensor:
@@ -176,15 +156,6 @@ def _add_counts(counts: Tensor, predictions: Tensor, labels: Tensor) -> None:
     predicted = torch.where((predicted >= 0) & (predicted < num_classes), predicted, num_classes)
     cell = torch.where(valid, truth * columns + predicted, 0)
     counts.view(-1).scatter_add_(0, cell, valid.long())
-
-
-def _merge_counts(counts: Tensor, other: Tensor) -> None:
-    if counts.shape != other.shape:
-        raise ValueError(
-            f"Expected `other` with {counts.shape[0]} classes, but got {other.shape[0]}."
-        )
-    check_device(other, "other", counts, "counts")
-    counts.add_(other)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ change nothing. The weight of an ignored pixel has no influence.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from . import _ops
 from ._checks import (
@@ -40,7 +39,7 @@ from ._checks import (
 )
 from ._ops.reference import result_dtype
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
-from ._state import move_buffers
+from ._state import move_buffers, shown
 
 Distance = Literal["euclidean", "squared", "smooth_l1"]
 Average = Literal["pixel", "class"]
@@ -575,13 +574,8 @@ class DiscriminativeLoss(nn.Module):
             pixel_weights=pixel_weights,
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"label_smoothing={self.label_smoothing}"
+    extra_repr = shown("label_smoothing")
+    _apply = move_buffers
 
 
 @final
@@ -633,9 +627,7 @@ class AnchorContrastiveLoss(nn.Module):
             pixel_weights=pixel_weights,
         )
 
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"temperature={self.temperature}, similarity={self.similarity!r}"
+    extra_repr = shown("temperature", "similarity")
 
 
 @final
@@ -686,9 +678,7 @@ class AnchorConsistencyLoss(nn.Module):
             pixel_weights=pixel_weights,
         )
 
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"temperature={self.temperature}, similarity={self.similarity!r}"
+    extra_repr = shown("temperature", "similarity")
 
 
 @final
@@ -737,9 +727,7 @@ class AnchorDistributionLoss(nn.Module):
             pixel_weights=pixel_weights,
         )
 
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"temperature={self.temperature}"
+    extra_repr = shown("temperature")
 
 
 @final
@@ -777,9 +765,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
             logits, labels, alpha=self.alpha, beta=self.beta, pixel_weights=pixel_weights
         )
 
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"alpha={self.alpha}, beta={self.beta}"
+    extra_repr = shown("alpha", "beta")
 
 
 @final
@@ -789,9 +775,6 @@ class InformationMaximizationLoss(nn.Module):
     Shape:
         - logits: ``(N, C, *)``, floating point.
         - Output: scalar, float32 (float64 for float64 logits).
-
-    Args:
-        None.
 
     Raises:
         TypeError: if a dtype is wrong.
@@ -851,9 +834,7 @@ class FeatureDistanceLoss(nn.Module):
             features, reference, labels, classes=self.classes, pixel_weights=pixel_weights
         )
 
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"classes={self.classes}"
+    extra_repr = shown("classes")
 
 
 def _active_labels(

@@ -1,12 +1,10 @@
 """Pseudo-labels for target pixels, from distances to the anchors or from class probabilities."""
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from . import _ops
 from ._checks import (
@@ -29,7 +27,7 @@ from ._checks import (
 from ._ops import exportable
 from ._ops.reference import active_labels, result_dtype
 from ._similarity import Similarity, check_similarity, seen_classes, similarities
-from ._state import adopt_shapes, move_buffers
+from ._state import load_any_shape, move_buffers, shown
 
 
 class PseudoLabels(NamedTuple):
@@ -338,22 +336,9 @@ class AnchorPseudoLabeler(nn.Module):
             *operators.labels_by_margin(features.detach(), anchors.detach(), *settings)
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Tensor], prefix: str, *others: object
-    ) -> None:
-        adopt_shapes(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *others)
-
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return (
-            f"min_margin={_shown(self.min_margin)}, relative={self.relative}, "
-            f"ignore_index={self.ignore_index}"
-        )
+    extra_repr = shown("min_margin", "relative", "ignore_index")
+    _apply = move_buffers
+    _load_from_state_dict = load_any_shape
 
 
 @final
@@ -410,19 +395,9 @@ class ProbabilityPseudoLabeler(nn.Module):
         settings = self.min_probability, self.ignore_index
         return PseudoLabels(*active_labels(classes, scores, *settings))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Tensor], prefix: str, *others: object
-    ) -> None:
-        adopt_shapes(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *others)
-
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return f"min_probability={_shown(self.min_probability)}, ignore_index={self.ignore_index}"
+    extra_repr = shown("min_probability", "ignore_index")
+    _apply = move_buffers
+    _load_from_state_dict = load_any_shape
 
 
 def _subtract(logarithms: Tensor, total: Tensor) -> Tensor:
@@ -445,7 +420,3 @@ def _minimum(value: PerClass, name: str, *, is_ratio: bool) -> Tensor:
             "Use float('inf') for a class that shall not be labeled."
         )
     return minimum
-
-
-def _shown(minimum: Tensor) -> str:
-    return "..." if minimum.is_meta else str(minimum.tolist())

@@ -5,7 +5,6 @@ over; higher is better. No score sees a label of the target. Each can be fooled,
 docstring names, so compare networks of one task, and look at the predictions of the one you choose.
 """
 
-from collections.abc import Callable
 from typing import final
 
 import torch
@@ -23,7 +22,7 @@ from ._checks import (
 )
 from ._ops.reference import result_dtype, wide_dtype
 from ._sampling import NO_PRIORITY, join_samples, sample_of_classes
-from ._state import adopt_shapes, move_buffers, receive_state, sent_state
+from ._state import load_any_shape, move_buffers, receive_state, sent_state, shown
 from .evaluation import ConfusionMatrix
 
 _EPSILON = 1e-5
@@ -189,18 +188,6 @@ class SoftNeighborhoodDensity(nn.Module):
             (self.rows, self.priorities), (rows.to(self.rows.dtype), priorities)
         )
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory of this process."""
-        receive_state(self, state)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *others: object
     ) -> None:
@@ -211,12 +198,10 @@ class SoftNeighborhoodDensity(nn.Module):
             self._reserve(len(saved))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return (
-            f"temperature={self.temperature}, pixels_per_class={self.pixels_per_class}, "
-            f"seed={self.seed}"
-        )
+    extra_repr = shown("temperature", "pixels_per_class", "seed")
+    _apply = move_buffers
+    __getstate__ = sent_state
+    __setstate__ = receive_state
 
 
 @final
@@ -297,23 +282,10 @@ class InformationMaximization(nn.Module):
         score: Tensor = of_mean - self.entropy / self.counts
         return torch.where(self.counts > 0, score, torch.nan)
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory of this process."""
-        receive_state(self, state)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *others: object
-    ) -> None:
-        adopt_shapes(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+    _apply = move_buffers
+    __getstate__ = sent_state
+    __setstate__ = receive_state
+    _load_from_state_dict = load_any_shape
 
 
 @final
@@ -388,23 +360,10 @@ class NuclearNorm(nn.Module):
         counts = self.counts.to(self.gram.dtype)
         return singular_values.sum() / (counts * counts.clamp(max=len(self.gram))).sqrt()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the attributes, by value where a new process is started with them."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the attributes, in memory of this process."""
-        receive_state(self, state)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *others: object
-    ) -> None:
-        adopt_shapes(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+    _apply = move_buffers
+    __getstate__ = sent_state
+    __setstate__ = receive_state
+    _load_from_state_dict = load_any_shape
 
 
 @final

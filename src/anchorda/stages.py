@@ -490,8 +490,7 @@ class StageLabeler(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for child in (self.network, self.by_anchor, self.by_probability):
             child._apply(fn)
-        move_buffers(self, fn)
-        return self
+        return move_buffers(self, fn)
 
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""

@@ -1,6 +1,5 @@
 """Second moments of features, and the linear classifier that they make of anchors."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias, final
 
@@ -24,7 +23,7 @@ from ._checks import (
     check_tensor,
 )
 from ._ops.reference import has_float64, result_dtype, wide_dtype
-from ._state import move_buffers, receive_state, sent_state
+from ._state import check_batch, move_buffers, receive_state, reset_state, sent_state
 
 
 class ClassMoments(NamedTuple):
@@ -196,6 +195,12 @@ def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
     return (1 - shrinkage) * sigma + shrinkage * variance * identity
 
 
+def _settings(self: "Scatters") -> str:
+    """Return the settings, as ``repr`` shows them."""
+    num_classes, feature_dim = self.means.shape
+    return f"num_classes={num_classes}, feature_dim={feature_dim}"
+
+
 @final
 class WithinClassCovariance(nn.Module):
     r"""Covariance of features about the mean of their class, shared by all classes, from a stream.
@@ -244,33 +249,17 @@ class WithinClassCovariance(nn.Module):
 
     def merge(self, other: Self) -> None:
         """Add what another accumulator of the same settings has seen."""
-        check_mergeable(other, self)
-        _check_settings(other, self)
-        _merge(self, other.means, other.counts, other.scatter)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        _reset(self)
+        _merge_other(self, other)
 
     def compute(self) -> Tensor:
         """Return the covariance (D, D) in float64; NaN if nothing was seen."""
         return self.scatter / self.counts.sum()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        """See `sent_state`."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """See `receive_state`."""
-        receive_state(self, state)
-
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return _settings(self)
+    reset = reset_state
+    extra_repr = _settings
+    _apply = move_buffers
+    __getstate__ = sent_state
+    __setstate__ = receive_state
 
 
 @final
@@ -322,13 +311,7 @@ class ClassVariances(nn.Module):
 
     def merge(self, other: Self) -> None:
         """Add what another accumulator of the same settings has seen."""
-        check_mergeable(other, self)
-        _check_settings(other, self)
-        _merge(self, other.means, other.counts, other.scatter)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        _reset(self)
+        _merge_other(self, other)
 
     def compute(self) -> ClassMoments:
         """Return the moments, NaN in the rows of unseen classes."""
@@ -336,21 +319,11 @@ class ClassVariances(nn.Module):
         means = torch.where(seen, self.means, torch.nan)
         return ClassMoments(means.float(), (self.scatter / counts).float())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        move_buffers(self, fn)
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        """See `sent_state`."""
-        return sent_state(self)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """See `receive_state`."""
-        receive_state(self, state)
-
-    def extra_repr(self) -> str:
-        """Return the settings, as ``repr`` shows them."""
-        return _settings(self)
+    reset = reset_state
+    extra_repr = _settings
+    _apply = move_buffers
+    __getstate__ = sent_state
+    __setstate__ = receive_state
 
 
 Scatters: TypeAlias = WithinClassCovariance | ClassVariances
@@ -372,16 +345,25 @@ def _register_means(state: Scatters, num_classes: int, feature_dim: int) -> None
 
 
 def _update(state: Scatters, features: Tensor, labels: Tensor) -> None:
-    check_features(features)
-    check_feature_dim(features, state.means.shape[1], " Set feature_dim={}.")
+    check_batch(features, state.means, type(state).__name__)
     check_labels(labels, features)
-    if has_float64(features.device):
-        check_device(state.means, type(state).__name__, features, "features")
     features = features.detach()
     sums, counts = _ops.class_sums(features, labels, len(state.counts))
     means = sums / counts[:, None].clamp(min=1)
     shared = isinstance(state, WithinClassCovariance)
     _merge(state, means, counts, _ops.scatter(features, labels, means, shared))
+
+
+def _merge_other(state: Scatters, other: Scatters) -> None:
+    check_mergeable(other, state)
+    name = type(state).__name__
+    if other.means.shape != state.means.shape:
+        raise ValueError(
+            f"Expected `other` to be {name}({state.extra_repr()}), but got "
+            f"{name}({other.extra_repr()}). Merge equal settings only."
+        )
+    check_device(other.means, "other", state.means, name)
+    _merge(state, other.means, other.counts, other.scatter)
 
 
 def _merge(state: Scatters, means: Tensor, counts: Tensor, scatter: Tensor) -> None:
@@ -393,24 +375,3 @@ def _merge(state: Scatters, means: Tensor, counts: Tensor, scatter: Tensor) -> N
     state.scatter.add_(scatter + between)
     state.means.add_(offsets * (counts / total)[:, None])
     state.counts.add_(counts)
-
-
-def _check_settings(other: Scatters, state: Scatters) -> None:
-    if other.means.shape != state.means.shape:
-        name = type(state).__name__
-        raise ValueError(
-            f"Expected `other` to be {name}({state.extra_repr()}), but got "
-            f"{name}({other.extra_repr()}). Merge equal settings only."
-        )
-    check_device(other.means, "other", state.means, type(state).__name__)
-
-
-def _reset(state: Scatters) -> None:
-    for buffer in state.buffers():
-        buffer.zero_()
-    state.passed_with_counts = False
-
-
-def _settings(state: Scatters) -> str:
-    num_classes, feature_dim = state.means.shape
-    return f"num_classes={num_classes}, feature_dim={feature_dim}"
