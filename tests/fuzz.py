@@ -132,10 +132,8 @@ class Draw:
         """Return the same number in any form; it is exact in half precision."""
         forms: list[Callable[[float], Any]] = [
             *(float, float, np.float32, np.float64, np.float16, np.array, torch.tensor),
-            *(
-                fractions.Fraction,
-                lambda v: torch.tensor(v, dtype=torch.float16, requires_grad=True),
-            ),
+            fractions.Fraction,
+            lambda v: torch.tensor(v, dtype=torch.float16, requires_grad=True),
         ]
         if value == int(value):
             forms += [int, np.int32]
@@ -171,14 +169,9 @@ class Draw:
             other.load_state_dict(torch.load(buffer, weights_only=True))
             return other
         operations: list[Callable[[nn.Module], object]] = [
-            nn.Module.half,
-            nn.Module.double,
-            nn.Module.bfloat16,
-            nn.Module.train,
-            nn.Module.eval,
-            nn.Module.share_memory,
-            lambda m: m.to("cpu"),
-            lambda m: m.requires_grad_(False),
+            *(nn.Module.half, nn.Module.double, nn.Module.bfloat16, nn.Module.train),
+            *(nn.Module.eval, nn.Module.share_memory),
+            *(lambda m: m.to("cpu"), lambda m: m.requires_grad_(False)),
         ]
         if not any(buffer.is_meta for buffer in module.buffers()):
             operations[kind - 3](nn.ModuleList([module]))
@@ -201,50 +194,32 @@ def wrong_tensors(draw: Draw, value: Tensor) -> list[Callable[[], Any]]:
     wide = plain.long() if not plain.is_floating_point() else plain
     dtype = draw.one(*INTEGERS, *FLOATS, torch.bool, torch.complex64, torch.float8_e4m3fn)
     return [
-        lambda: None,
-        lambda: wide.tolist(),
-        lambda: wide.float().numpy(),
-        lambda: "text",
-        lambda: wide.to("meta"),
-        lambda: wide.to(dtype),
-        lambda: wide[None],
-        lambda: wide[..., None],
-        lambda: wide.unsqueeze(min(1, wide.ndim)),
-        lambda: wide[:0],
-        lambda: wide[0],
-        lambda: wide[:1],
-        lambda: wide[..., :1],
-        lambda: wide[:, :0],
-        lambda: wide.flatten(),
-        lambda: torch.cat([wide, wide]),
-        lambda: torch.cat([wide, wide], dim=-1),
-        lambda: wide.movedim(-1, 0),
-        lambda: wide.movedim(min(1, wide.ndim - 1), -1),
-        lambda: wide.float().to_sparse(),
-        lambda: torch.nested.nested_tensor([wide.float()], layout=torch.jagged),
-        lambda: torch.quantize_per_tensor(wide.float(), 0.1, 3, torch.quint8),
-        lambda: wide.new_zeros(()),
-        lambda: 3,
-        lambda: [wide],
-        lambda: nn.Parameter(wide.float()),
-        lambda: wide.float() * math.nan,
-        lambda: -wide,
-        lambda: wide * 0,
+        *(lambda: None, lambda: wide.tolist(), lambda: wide.float().numpy(), lambda: "text"),
+        *(lambda: wide.to("meta"), lambda: wide.to(dtype), lambda: wide[None]),
+        *(lambda: wide[..., None], lambda: wide.unsqueeze(min(1, wide.ndim)), lambda: wide[:0]),
+        *(lambda: wide[0], lambda: wide[:1], lambda: wide[..., :1], lambda: wide[:, :0]),
+        *(lambda: wide.flatten(), lambda: torch.cat([wide, wide])),
+        *(lambda: torch.cat([wide, wide], dim=-1), lambda: wide.movedim(-1, 0)),
+        *(lambda: wide.movedim(min(1, wide.ndim - 1), -1), lambda: wide.float().to_sparse()),
+        *(lambda: torch.nested.nested_tensor([wide.float()], layout=torch.jagged),),
+        *(lambda: torch.quantize_per_tensor(wide.float(), 0.1, 3, torch.quint8),),
+        *(lambda: wide.new_zeros(()), lambda: 3, lambda: [wide]),
+        *(lambda: nn.Parameter(wide.float()), lambda: wide.float() * math.nan, lambda: -wide),
+        *(lambda: wide * 0,),
     ]
 
 
 WRONG_NUMBERS: list[Any] = [
     *(None, "1", b"1", [1], (1, 2), {}, True, False, np.True_, 1j, math.nan, math.inf, -math.inf),
     *(-1, 0, 1, 2, 0.5, -0.5, 1.5, 10**400, -(10**400), 2**63, 2**64, -(2**63), 255, 256, 7, 1e-40),
+    *(np.float64("nan"), np.float16(2), np.int8(-3), np.array([1]), np.array([[0.5]])),
     *(
-        np.float64("nan"),
-        np.float16(2),
-        np.int8(-3),
-        np.array([1]),
-        np.array([[0.5]]),
         np.array("1"),
+        torch.tensor([1]),
+        torch.tensor([0.5, 1.0]),
+        torch.tensor(True),
+        torch.tensor(2j),
     ),
-    *(torch.tensor([1]), torch.tensor([0.5, 1.0]), torch.tensor(True), torch.tensor(2j)),
     *(torch.tensor(1.0, device="meta"), decimal.Decimal("0.5"), fractions.Fraction(1, 3), object()),
     *(np.datetime64("2026-11-27"), range(3), torch.float32, slice(None)),
 ]
@@ -286,38 +261,30 @@ def other(draw: Draw, name: str, value: Any) -> Any:
 # Values as the oracles take them. What cannot be converted should not have been accepted.
 
 
+def scalar(value: Any, types: tuple[type, ...], dtypes: Sequence[torch.dtype]) -> Any:
+    """Return a Python number, also from an array or a tensor without dimensions."""
+    kinds = "iuf" if torch.float32 in dtypes else "iu"
+    if isinstance(value, types) and not isinstance(value, (bool, np.bool_)):
+        return value
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in kinds:
+        return value.item()
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in dtypes:
+        return value.item()
+    raise FaultError(f"accepted {value!r} as a number")
+
+
 def integer(value: Any) -> int:
     """Return an integer that may be given as one."""
-    if isinstance(value, (bool, np.bool_)) or (
-        isinstance(value, Tensor) and value.dtype == torch.bool
-    ):
-        raise FaultError(f"accepted {value!r} as an integer")
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
-        if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-            return int(value)
-        if isinstance(value, Tensor) and value.dtype in INTEGERS:
-            return int(value)
-    raise FaultError(f"accepted {value!r} as an integer")
+    return int(scalar(value, (int, np.integer), INTEGERS))
 
 
 def number(value: Any) -> float:
     """Return a number that may be given as one."""
-    if isinstance(value, (bool, np.bool_, str, bytes, complex, decimal.Decimal)):
-        raise FaultError(f"accepted {value!r} as a number")
-    if isinstance(value, (int, float, np.integer, np.floating, fractions.Fraction)):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.copysign(math.inf, value)
-    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
-        kind = value.dtype.kind if isinstance(value, np.ndarray) else str(value.dtype)
-        if kind in ("i", "u", "f") or (
-            isinstance(value, Tensor) and value.dtype in FLOATS + INTEGERS
-        ):
-            return float(value.detach() if isinstance(value, Tensor) else value)
-    raise FaultError(f"accepted {value!r} as a number")
+    types = int, float, np.integer, np.floating, fractions.Fraction
+    try:
+        return float(scalar(value, types, FLOATS + INTEGERS))
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def temperature_of(arguments: Arguments) -> float:
@@ -414,11 +381,6 @@ def same(actual: Any, expected: Any) -> None:
         raise FaultError(f"{got.tolist()} instead of {np.asarray(expected).tolist()}")
 
 
-def as_map(values: Any, features: Tensor) -> Any:
-    """Return values of rows in the shape (N, *) of a label map."""
-    return np.asarray(values).reshape(features.shape[0], *features.shape[2:])
-
-
 # Targets, each in three steps: arguments that fit each other, of which some come back as something
 # else; the call; the check of its result.
 
@@ -432,31 +394,12 @@ ALONE = {
     "released.load_category_anchors": ("damage", "anchors"),
     "StageLabeler": ("images", "feature_dim", "num_classes"),
 }
+RESULTS = "AnchorHealth ClassMoments ClassSums PrecisionCoverage PseudoLabels StageLabels"
+PLOTS = "class_colors plot_anchor_distances plot_coverage_and_precision plot_features plot_labels"
 NOT_CALLED = {
+    **dict.fromkeys([*RESULTS.split(), "released.CagUdaLoss"], "what the functions return"),
     **dict.fromkeys(
-        [
-            "AnchorHealth",
-            "ClassMoments",
-            "ClassSums",
-            "PrecisionCoverage",
-            "PseudoLabels",
-            "StageLabels",
-            "released.CagUdaLoss",
-        ],
-        "what the functions return",
-    ),
-    **dict.fromkeys(
-        [
-            f"plots.{name}"
-            for name in (
-                "class_colors",
-                "plot_features",
-                "plot_anchor_distances",
-                "plot_scores",
-                "plot_coverage_and_precision",
-                "plot_labels",
-            )
-        ],
+        [f"plots.{name}" for name in (*PLOTS.split(), "plot_scores")],
         "draws on an Axes; tests/test_plots.py",
     ),
 }
@@ -809,6 +752,14 @@ def loss_arguments(d: Draw) -> Arguments:
     }
 
 
+def either(d: Draw, function: Any, module: Any, a: Arguments, settings: Sequence[str]) -> Any:
+    """Call the function, or the module that is made with the settings."""
+    if d.often():
+        return function(**a)
+    inputs = {name: value for name, value in a.items() if name not in settings}
+    return d.moved(module(**{name: a[name] for name in settings}))(**inputs)
+
+
 @target("anchor_distance_loss", "AnchorDistanceLoss")
 def _(d: Draw) -> Steps:
     a = yield {
@@ -816,12 +767,8 @@ def _(d: Draw) -> Steps:
         "distance": d.choice("distance"),
         "average": d.choice("average"),
     }
-    if d.often():
-        result = anchorda.anchor_distance_loss(**a)
-    else:
-        loss = anchorda.AnchorDistanceLoss(a["distance"], average=a["average"])
-        inputs = a["features"], a["labels"], a["anchors"]
-        result = d.moved(loss)(*inputs, pixel_weights=a["pixel_weights"])
+    both = anchorda.anchor_distance_loss, anchorda.AnchorDistanceLoss
+    result = either(d, *both, a, ["distance", "average"])
     yield
     x, y, anchors = x_of(a["features"]), y_of(a["labels"], a["features"]), a_of(a["anchors"])
     weights = weights_of(a["pixel_weights"], a["features"])
@@ -858,12 +805,8 @@ def _(d: Draw) -> Steps:
         "temperature": d.number(d.one(1.0, 0.5, 4.0) * max(1.0, d.scale)),
         "similarity": d.choice("similarity"),
     }
-    if d.often():
-        result = anchorda.anchor_contrastive_loss(**a)
-    else:
-        loss = anchorda.AnchorContrastiveLoss(a["temperature"], similarity=a["similarity"])
-        inputs = a["features"], a["labels"], a["anchors"]
-        result = d.moved(loss)(*inputs, pixel_weights=a["pixel_weights"])
+    both = anchorda.anchor_contrastive_loss, anchorda.AnchorContrastiveLoss
+    result = either(d, *both, a, ["temperature", "similarity"])
     yield
     x, y, anchors = x_of(a["features"]), y_of(a["labels"], a["features"]), a_of(a["anchors"])
     weights = weights_of(a["pixel_weights"], a["features"])
@@ -889,11 +832,8 @@ def _(d: Draw) -> Steps:
         "similarity": d.choice("similarity"),
         "temperature": d.number(d.one(1.0, 4.0)),
     }
-    if d.often():
-        result = anchorda.anchor_consistency_loss(**a)
-    else:
-        loss = anchorda.AnchorConsistencyLoss(a["temperature"], similarity=a["similarity"])
-        result = d.moved(loss)(a["features"], a["teacher_probabilities"], a["anchors"])
+    both = anchorda.anchor_consistency_loss, anchorda.AnchorConsistencyLoss
+    result = either(d, *both, a, ["temperature", "similarity"])
     yield
     x, t, anchors = x_of(a["features"]), x_of(a["teacher_probabilities"]), a_of(a["anchors"])
     if not np.isfinite(x).all() or (t < 0).any() or anchors.ndim == 3:
@@ -914,11 +854,8 @@ def _(d: Draw) -> Steps:
         "variances": torch.rand(c, dim),
         "temperature": d.number(d.one(1.0, 4.0)),
     }
-    if d.often():
-        result = anchorda.anchor_distribution_loss(**a)
-    else:
-        loss = d.moved(anchorda.AnchorDistributionLoss(a["temperature"]))
-        result = loss(a["features"], a["labels"], a["means"], a["variances"])
+    both = anchorda.anchor_distribution_loss, anchorda.AnchorDistributionLoss
+    result = either(d, *both, a, ["temperature"])
     yield
     x, y = x_of(a["features"]), y_of(a["labels"], a["features"])
     means, variances = a_of(a["means"]), a_of(a["variances"])
@@ -936,11 +873,8 @@ def _(d: Draw) -> Steps:
         "alpha": d.number(d.one(0.0, 0.5, 2.0)),
         "beta": d.number(d.one(0.0, 0.5, 2.0)),
     }
-    if d.often():
-        result = anchorda.symmetric_cross_entropy(**a)
-    else:
-        loss = d.moved(anchorda.SymmetricCrossEntropyLoss(alpha=a["alpha"], beta=a["beta"]))
-        result = loss(a["logits"], a["labels"])
+    both = anchorda.symmetric_cross_entropy, anchorda.SymmetricCrossEntropyLoss
+    result = either(d, *both, a, ["alpha", "beta"])
     yield
     z, y = x_of(a["logits"]), y_of(a["labels"], a["logits"])
     if np.isfinite(z).all():
@@ -952,8 +886,8 @@ def _(d: Draw) -> Steps:
 def _(d: Draw) -> Steps:
     c, _ = classes_and_dim(d, 2)
     a = yield {"logits": d.features(d.shape(), c, scale=3.0)}
-    loss = d.moved(anchorda.InformationMaximizationLoss())
-    result = d.one(loss, anchorda.information_maximization_loss)(a["logits"])
+    both = anchorda.information_maximization_loss, anchorda.InformationMaximizationLoss
+    result = either(d, *both, a, [])
     yield
     z = x_of(a["logits"])
     if np.isfinite(z).all():
@@ -969,11 +903,8 @@ def _(d: Draw) -> Steps:
         "labels": d.labels(shape, c),
         "classes": d.one(None, [0], (1, 2), np.array([0, 2]), torch.tensor([1])),
     }
-    if d.often():
-        result = anchorda.feature_distance_loss(**a)
-    else:
-        loss = d.moved(anchorda.FeatureDistanceLoss(classes=a["classes"]))
-        result = loss(a["features"], a["reference"], a["labels"])
+    both = anchorda.feature_distance_loss, anchorda.FeatureDistanceLoss
+    result = either(d, *both, a, ["classes"])
     yield
     x, reference = x_of(a["features"]), x_of(a["reference"])
     if a["classes"] is None:
@@ -1084,12 +1015,8 @@ def _(d: Draw) -> Steps:
         "label_smoothing": d.number(d.one(0.0, 0.25, 1.0)),
         "pixel_weights": d.one(None, torch.rand(shape)),
     }
-    if d.often():
-        result = anchorda.discriminative_loss(**a)
-    else:
-        options = {k: a[k] for k in ("weight", "label_smoothing")}
-        loss = d.moved(anchorda.DiscriminativeLoss(**options))
-        result = loss(a["logits"], a["labels"], pixel_weights=a["pixel_weights"])
+    both = anchorda.discriminative_loss, anchorda.DiscriminativeLoss
+    result = either(d, *both, a, ["weight", "label_smoothing"])
     yield
     z, y = x_of(a["logits"]), y_of(a["labels"], a["logits"])
     c = z.shape[1]
