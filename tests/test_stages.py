@@ -79,6 +79,10 @@ def by_hand(network: Network, source: Batches) -> Tensor:
     return anchors.compute()
 
 
+def begin(network: nn.Module, source: Any, **options: Any) -> StageLabeler:  # noqa: ANN401
+    return StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM), **options)
+
+
 @pytest.fixture
 def network() -> Network:
     return draw_network()
@@ -91,7 +95,12 @@ def source() -> Batches:
 
 @pytest.fixture
 def stage(network: Network, source: Batches) -> StageLabeler:
-    return StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
+    return begin(network, source)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 6)
 
 
 def test_anchors_are_those_of_the_frozen_network(network: Network, source: Batches) -> None:
@@ -115,12 +124,12 @@ def test_settings_of_the_accumulator_are_the_callers(network: Network, source: B
 
 
 @pytest.mark.parametrize("rule", ["anchor", "probability", "agree", "union"])
-def test_labels_are_those_of_the_parts(rule: str, network: Network, source: Batches) -> None:
+def test_labels_are_those_of_the_parts(
+    rule: str, network: Network, stage: StageLabeler, images: Tensor
+) -> None:
     by_anchor, by_probability = AnchorPseudoLabeler(0.1), ProbabilityPseudoLabeler(0.5)
-    stage = StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
     stage.by_anchor, stage.by_probability = by_anchor, by_probability
     stage.rule = rule  # type: ignore[assignment]
-    images = torch.randn(2, 3, 8, 6)
     result = stage(images)
     with torch.no_grad():
         features, logits = copy.deepcopy(network).eval()(images)
@@ -141,14 +150,12 @@ def test_labels_are_those_of_the_parts(rule: str, network: Network, source: Batc
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("whitened", [False, True])
 def test_rectified_labels_are_a_product(
-    whitened: bool, temperature: float, network: Network, source: Batches
+    whitened: bool, temperature: float, network: Network, source: Batches, images: Tensor
 ) -> None:
     covariance = WithinClassCovariance(NUM_CLASSES, DIM) if whitened else None
-    anchors = CategoryAnchors(NUM_CLASSES, DIM)
-    stage = StageLabeler.from_source(network, source, anchors, covariance=covariance)
+    stage = begin(network, source, covariance=covariance)
     stage.rule, stage.temperature = "rectify", temperature
     stage.by_probability = ProbabilityPseudoLabeler(0.5)
-    images = torch.randn(2, 3, 8, 6)
     with torch.no_grad():
         features, logits = stage.network(images)
     metric = stage.whitening if stage.whitening is not None else torch.eye(DIM)
@@ -171,20 +178,17 @@ def test_rectified_labels_are_a_product(
 
 
 def test_anchors_in_the_metric_of_the_covariance_are_the_discriminant(
-    network: Network, source: Batches
+    network: Network, source: Batches, images: Tensor
 ) -> None:
-    anchors = CategoryAnchors(NUM_CLASSES, DIM)
     covariance = WithinClassCovariance(NUM_CLASSES, DIM)
-    stage = StageLabeler.from_source(network, source, anchors, covariance=covariance)
-    images = torch.randn(2, 3, 8, 6)
-    discriminant = anchorda.linear_discriminant(anchors.compute(), covariance.compute())
+    stage = begin(network, source, covariance=covariance)
+    discriminant = anchorda.linear_discriminant(by_hand(network, source), covariance.compute())
     logits = discriminant.logits(stage.network(images)[0])
     assert torch.equal(stage(images).labels, logits.argmax(dim=1))
     torch.testing.assert_close(stage.probabilities(images), logits.softmax(dim=1))
 
 
-def test_soft_labels_of_other_rules(stage: StageLabeler) -> None:
-    images = torch.randn(2, 3, 8, 6)
+def test_soft_labels_of_other_rules(stage: StageLabeler, images: Tensor) -> None:
     features, logits = stage.network(images)
     assigned = anchorda.anchor_probabilities(features, stage.centroids)
     assert torch.equal(stage.probabilities(images), assigned)
@@ -227,8 +231,7 @@ def test_a_copy_follows_no_other_network(stage: StageLabeler, network: Network) 
     assert_equal(bits(stage.network), before)
 
 
-def test_views_are_averaged(network: Network, source: Batches) -> None:
-    images = torch.randn(2, 3, 8, 6)
+def test_views_are_averaged(network: Network, images: Tensor) -> None:
     network.eval()
     features, logits = average_views(scales=(1.0, 2.0))(network, images)
     views = []
@@ -248,9 +251,8 @@ def test_views_are_averaged(network: Network, source: Batches) -> None:
         average_views(scales=())
 
 
-def test_every_pixel_is_labeled_until_minimums_are_set(stage: StageLabeler) -> None:
-    result = stage(torch.randn(2, 3, 8, 6))
-    for pseudo in (result.by_anchor, result.by_probability):
+def test_every_pixel_is_labeled_until_minimums_are_set(stage: StageLabeler, images: Tensor) -> None:
+    for pseudo in stage(images)[1:]:
         assert (pseudo.labels < NUM_CLASSES).all()
 
 
@@ -268,18 +270,9 @@ class Parent(nn.Module):
         return features
 
 
-def set_training(module: nn.Module) -> None:
-    module.train()
-
-
 def reset(module: nn.Module) -> None:
     if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
         module.reset_parameters()
-
-
-def train_one_by_one(parent: Parent) -> None:
-    for module in parent.modules():
-        module.train()
 
 
 def update_statistics(parent: Parent) -> None:
@@ -300,10 +293,6 @@ def zero_all(parent: Parent) -> None:
             tensor.zero_()
 
 
-def train_network_of(parent: Parent) -> None:
-    parent.stage.network.train()
-
-
 def average_weights(parent: Parent) -> None:
     averaged = torch.optim.swa_utils.AveragedModel(parent, use_buffers=True)
     zero_all(parent)
@@ -313,8 +302,8 @@ def average_weights(parent: Parent) -> None:
 
 THAWING: list[Callable[[Parent], object]] = [
     Parent.train,
-    train_one_by_one,
-    lambda parent: parent.apply(set_training),
+    lambda parent: [module.train() for module in parent.modules()],
+    lambda parent: parent.apply(nn.Module.train),  # type: ignore[arg-type]
     lambda parent: [child.train() for child in parent.stage.children()],
     lambda parent: [module.train() for _, module in parent.named_modules(remove_duplicate=False)],
     update_statistics,
@@ -324,15 +313,14 @@ THAWING: list[Callable[[Parent], object]] = [
     lambda parent: parent.apply(reset),
     average_weights,
     lambda parent: nn.SyncBatchNorm.convert_sync_batchnorm(parent),
-    train_network_of,
+    lambda parent: parent.stage.network.train(),
 ]
 
 
 @pytest.mark.parametrize("thaw", THAWING)
 def test_no_parent_thaws_the_network(
-    thaw: Callable[[Parent], object], network: Network, stage: StageLabeler
+    thaw: Callable[[Parent], object], network: Network, stage: StageLabeler, images: Tensor
 ) -> None:
-    images = torch.randn(2, 3, 8, 6)
     before, state = stage(images), bits(stage)
     parent = Parent(network, stage)
     thaw(parent)
@@ -358,10 +346,6 @@ def test_the_network_stays_when_the_original_is_trained(
     assert_equal(bits(stage), state)
 
 
-def halved(parent: Parent) -> Parent:
-    return parent.double()
-
-
 def reloaded(parent: Parent) -> Parent:
     other = Parent(draw_network(), StageLabeler(draw_network(), torch.zeros(NUM_CLASSES, DIM)))
     other.load_state_dict(parent.state_dict())
@@ -374,12 +358,11 @@ def unpickled(parent: Parent) -> Parent:
 
 
 @pytest.mark.parametrize(
-    "move", [copy.deepcopy, unpickled, reloaded, halved, Parent.share_memory, Parent.cpu]
+    "move", [copy.deepcopy, unpickled, reloaded, Parent.double, Parent.share_memory, Parent.cpu]
 )
 def test_the_network_goes_where_its_parent_goes(
-    move: Callable[[Parent], Parent], network: Network, stage: StageLabeler
+    move: Callable[[Parent], Parent], network: Network, stage: StageLabeler, images: Tensor
 ) -> None:
-    images = torch.randn(2, 3, 8, 6)
     expected = stage(images).by_probability
     moved = move(Parent(network, stage))
     weight = moved.stage.network.get_parameter("classifier.weight")
@@ -410,7 +393,7 @@ def test_networks_that_hold_a_part_of_a_graph_are_copied(source: Batches) -> Non
         network(source[0][0])
         with pytest.raises(RuntimeError, match="deepcopy"):
             copy.deepcopy(network)
-        stage = StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
+        stage = begin(network, source)
         network.eval()
         with torch.no_grad():
             features, logits = network(source[0][0])
@@ -445,14 +428,13 @@ def test_calibrated_minimums_are_assigned(source: Batches, stage: StageLabeler) 
     assert 0.5 <= coverage.double().mean().item() < 0.7
 
 
-def test_state_survives_a_file(stage: StageLabeler, tmp_path: Path) -> None:
+def test_state_survives_a_file(stage: StageLabeler, images: Tensor, tmp_path: Path) -> None:
     stage.by_anchor = AnchorPseudoLabeler(torch.tensor([0.1, 0.2, math.inf]))
     stage.by_probability = ProbabilityPseudoLabeler(0.4)
     torch.save(stage.state_dict(), tmp_path / "stage.pt")
     # Built from what is known without the source; the minimums' shapes are the file's.
     restored = StageLabeler(Network(), torch.full((NUM_CLASSES, DIM), torch.nan))
     restored.load_state_dict(torch.load(tmp_path / "stage.pt", weights_only=True))
-    images = torch.randn(2, 3, 8, 6)
     for actual, wanted in zip(restored(images)[1:], stage(images)[1:], strict=True):
         assert torch.equal(actual.labels, wanted.labels)
         assert torch.equal(actual.scores, wanted.scores)
@@ -460,9 +442,7 @@ def test_state_survives_a_file(stage: StageLabeler, tmp_path: Path) -> None:
 
 
 def test_a_metric_survives_a_file(network: Network, source: Batches) -> None:
-    anchors = CategoryAnchors(NUM_CLASSES, DIM)
-    covariance = WithinClassCovariance(NUM_CLASSES, DIM)
-    stage = StageLabeler.from_source(network, source, anchors, covariance=covariance)
+    stage = begin(network, source, covariance=WithinClassCovariance(NUM_CLASSES, DIM))
     restored = StageLabeler(Network(), torch.zeros(NUM_CLASSES, DIM))
     without = bits(restored)
     restored.load_state_dict(stage.state_dict())
@@ -498,12 +478,11 @@ def test_wrapped_networks_are_unwrapped(network: Network, source: Batches) -> No
     compiled = torch.compile(network, backend="eager")
     for wrapped in (parallel, compiled, torch.compile(parallel, backend="eager")):
         assert isinstance(wrapped, nn.Module)
-        stage = StageLabeler.from_source(wrapped, source, CategoryAnchors(NUM_CLASSES, DIM))
+        stage = begin(wrapped, source)
         assert type(stage.network) is Network
         assert torch.equal(stage.centroids, expected)
     network.compile(backend="eager")
-    stage = StageLabeler.from_source(network, source, CategoryAnchors(NUM_CLASSES, DIM))
-    assert torch.equal(stage.centroids, expected)
+    assert torch.equal(begin(network, source).centroids, expected)
 
 
 def test_other_networks_through_a_function(network: Network, source: Batches) -> None:
@@ -520,14 +499,12 @@ def test_other_networks_through_a_function(network: Network, source: Batches) ->
         outputs = module(images)
         return outputs["features"], outputs["logits"]
 
-    anchors = CategoryAnchors(NUM_CLASSES, DIM)
-    stage = StageLabeler.from_source(Wrapped(), source, anchors, extract=extract)
+    stage = begin(Wrapped(), source, extract=extract)
     assert torch.equal(stage.centroids, by_hand(network, source))
     assert stage(torch.randn(1, 3, 8, 6)).labels.shape == (1, 4, 3)
 
 
-def test_labeling_traces_whole(stage: StageLabeler) -> None:
-    images = torch.randn(2, 3, 8, 6)
+def test_labeling_traces_whole(stage: StageLabeler, images: Tensor) -> None:
     expected = stage(images)
     compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(images).labels, expected.labels)
@@ -603,7 +580,7 @@ def test_a_source_that_gives_no_anchor_is_an_error(labels: Tensor | None, messag
 
     source = iter([] if labels is None else [(torch.randn(1, 3, 8, 6), labels)])
     with pytest.raises(ValueError, match=message):
-        StageLabeler.from_source(Wrong(), source, CategoryAnchors(NUM_CLASSES, DIM))
+        begin(Wrong(), source)
 
 
 LABELS = torch.zeros(2, 16, 12, dtype=torch.int64)
@@ -626,9 +603,8 @@ IMAGES = torch.zeros(2, 3, 8, 6)
 )
 def test_batches_of_other_codes_are_named(network: Network, batch: object, message: str) -> None:
     batches: Any = [batch] if batch is not None else 3
-    anchors = CategoryAnchors(NUM_CLASSES, DIM)
     with pytest.raises((TypeError, ValueError), match=message):
-        StageLabeler.from_source(network, batches, anchors)
+        begin(network, batches)
 
 
 @pytest.mark.parametrize(
