@@ -1,6 +1,6 @@
 """The numbers the released CAG-UDA code printed; its label maps use 250 for ignored."""
 
-import importlib.util
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,13 @@ def numbers(golden: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def inputs_module(golden: Path) -> Any:  # noqa: ANN401 — a module found by its path has no type
-    spec = importlib.util.spec_from_file_location("golden_inputs", golden / "inputs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_inputs(golden: Path) -> Any:  # noqa: ANN401 — a function found by its path has no type
+    return runpy.run_path(str(golden / "inputs.py"))["make_inputs"]
 
 
 @pytest.fixture(scope="module")
-def frozen_outputs(inputs_module: Any) -> Inputs:  # noqa: ANN401
-    anchors, features, logits, _, labels = inputs_module.make_inputs(1, 1, 256, 128, 224)
+def frozen_outputs(make_inputs: Any) -> Inputs:  # noqa: ANN401
+    anchors, features, logits, _, labels = make_inputs(1, 1, 256, 128, 224)
     return tuple(map(torch.from_numpy, (anchors, features, logits, labels)))  # type: ignore[return-value]
 
 
@@ -52,10 +47,10 @@ def test_probability_pseudo_labels(numbers: dict[str, Any], frozen_outputs: Inpu
     np.testing.assert_array_equal(labels, numbers["pl_prob"])
 
 
-def test_category_anchors(numbers: dict[str, Any], inputs_module: Any) -> None:  # noqa: ANN401
+def test_category_anchors(numbers: dict[str, Any], make_inputs: Any) -> None:  # noqa: ANN401
     anchors = anchorda.CategoryAnchors(19, 32, max_count=3000)
     for seed in range(100, 106):
-        arrays = inputs_module.make_inputs(seed, 2, 32, 24, 40)
+        arrays = make_inputs(seed, 2, 32, 24, 40)
         _, features, logits, _, labels = map(torch.from_numpy, arrays)
         correct = anchorda.keep_correct(labels, logits)
         anchors.update(*anchorda.image_centroids(features, correct, 19, min_pixels=10))

@@ -270,44 +270,32 @@ def test_sepico_memory_bank(read: Any) -> None:  # noqa: ANN401
     close(torch.stack([vector for queue in bank for vector in queue]), n("update_proto.bank"))
 
 
-def resized(labels: Tensor, n: Reader, prefix: str, size: tuple[int, ...]) -> Tensor:
-    ratio = n(f"{prefix}min_ratio") if f"{prefix}min_ratio" in n.numbers else 0.75
-    return anchorda.resize_labels(labels, size, mode="majority", min_ratio=ratio)
-
-
-def test_labels_at_feature_resolution(read: Any) -> None:  # noqa: ANN401
-    n = read("sepico")
-    small = resized(n("loss.labels"), n, "loss.", (9, 13))
-    assert torch.equal(small, n("loss.resized_labels"))
-    n = read("daformer")
-    small = resized(n("feature_distance.labels"), n, "feature_distance.", (9, 13))
-    assert torch.equal(small, n("feature_distance.resized_labels"))
-    for name, outputs in (
-        ("sepico_full", [("gt", "out", None), ("gt", "out_ratio0", 0.0)]),
-        (
-            "daformer_full",
-            [
-                ("gt", "out", None),
-                ("gt_ties", "out_ties_ratio_0", 0.0),
-                ("gt_ties", "out_ties_ratio_half", 0.5),
-            ],
-        ),
-    ):
-        n = read(name)
-        for source, output, ratio in outputs:
-            labels = n(f"downscale_label_ratio.{source}").squeeze(1)
-            scale = int(n("downscale_label_ratio.scale_factor"))
-            size = labels.shape[1] // scale, labels.shape[2] // scale
-            # Rows and columns that no block holds are dropped there.
-            labels = labels[:, : size[0] * scale, : size[1] * scale]
-            expected = n(f"downscale_label_ratio.{output}").squeeze(1)
-            if expected.shape[1:] != size:
-                scale = labels.shape[1] // expected.shape[1]
-                size = tuple(expected.shape[1:])
-                labels = labels[:, : size[0] * scale, : size[1] * scale]
-            ratio = n("downscale_label_ratio.min_ratio") if ratio is None else ratio
-            small = anchorda.resize_labels(labels, size, mode="majority", min_ratio=ratio)
-            assert torch.equal(small, expected), (name, output)
+@pytest.mark.parametrize(
+    ("name", "source", "output", "ratio"),
+    [
+        ("sepico_full", "gt", "out", None),
+        ("sepico_full", "gt", "out_ratio0", 0.0),
+        ("daformer_full", "gt", "out", None),
+        ("daformer_full", "gt_ties", "out_ties_ratio_0", 0.0),
+        ("daformer_full", "gt_ties", "out_ties_ratio_half", 0.5),
+    ],
+)
+def test_labels_at_feature_resolution(
+    read: Any,  # noqa: ANN401
+    name: str,
+    source: str,
+    output: str,
+    ratio: float | None,
+) -> None:
+    n, key = read(name), "downscale_label_ratio."
+    labels, expected = n(f"{key}{source}").squeeze(1), n(f"{key}{output}").squeeze(1)
+    height, width = expected.shape[1:]
+    scale = labels.shape[1] // height
+    # Rows and columns that no block holds are dropped there.
+    labels = labels[:, : height * scale, : width * scale]
+    ratio = n(f"{key}min_ratio") if ratio is None else ratio
+    small = anchorda.resize_labels(labels, (height, width), mode="majority", min_ratio=ratio)
+    assert torch.equal(small, expected)
 
 
 def test_sepico_contrast_preparations(read: Any) -> None:  # noqa: ANN401
@@ -349,30 +337,10 @@ def bank_loss(features: Tensor, labels: Tensor, bank: list[Tensor], temperature:
     return torch.stack(losses)
 
 
-def test_sepico_losses(read: Any) -> None:  # noqa: ANN401
-    n = read("sepico")
-    labels, temperature = n("loss.resized_labels"), n("loss.temperature")
-    means, variances = n("loss.means"), n("loss.variances")
-    bank = [n(f"loss.bank_{c}") for c in range(5)]
-
-    def of_features(name: str, features: Tensor) -> Tensor:
-        if name == "proto":
-            return anchorda.anchor_contrastive_loss(
-                features, labels, means, similarity="dot", temperature=temperature
-            )
-        if name == "distribution":
-            return anchorda.anchor_distribution_loss(
-                features, labels, means, variances, temperature=temperature
-            )
-        return bank_loss(features, labels, bank, temperature).mean()
-
-    for name in ("proto", "distribution", "bank"):
-        features = n.leaf("loss.features")
-        loss = of_features(name, features)
-        close_with_gradient(loss, features, n(f"loss.{name}"), n(f"loss.{name}_grad"))
-        loss = of_features(name, features) + regularizer(features, labels, means, temperature)
-        with_regularizer = f"loss.{name}_with_regularizer"
-        close_with_gradient(loss, features, n(with_regularizer), n(f"{with_regularizer}_grad"))
+def mask_of(n: Reader, key: str, features: Tensor) -> Tensor:
+    """Return labels at the resolution of the features."""
+    mask, size = n(f"{key}mask").squeeze(1), features.shape[2:]
+    return anchorda.resize_labels(mask, size, mode="majority", min_ratio=0.75)
 
 
 @pytest.mark.parametrize("which", ["proto", "dist"])
@@ -381,9 +349,7 @@ def test_sepico_losses_with_every_option(read: Any, which: str) -> None:  # noqa
     means = n(f"{key}mean")
     variances = n(f"{key}covariance") if which == "dist" else torch.zeros_like(means)
     features = n.leaf(f"{key}feat")
-    labels = anchorda.resize_labels(
-        n(f"{key}mask").squeeze(1), features.shape[2:], mode="majority", min_ratio=0.75
-    )
+    labels = mask_of(n, key, features)
     first, second = n(f"{key}contrast_temp").tolist()
 
     def loss(temperature: float, weights: Tensor | None = None, ratio: float = 1.0) -> Tensor:
@@ -433,9 +399,7 @@ def test_sepico_bank_loss_with_every_option(read: Any) -> None:  # noqa: ANN401
     n, key = read("sepico_full"), "bank_contrastive."
     lengths = n(f"{key}bank_lengths").tolist()
     bank, features = list(n(f"{key}bank").split(lengths)), n.leaf(f"{key}feat")
-    labels = anchorda.resize_labels(
-        n(f"{key}mask").squeeze(1), features.shape[2:], mode="majority", min_ratio=0.75
-    )
+    labels = mask_of(n, key, features)
     first, second = n(f"{key}contrast_temp").tolist()
     # Their list of losses is in the order of the classes, so that weights meet other pixels.
     order = labels[labels != 255].argsort(stable=True)
@@ -471,9 +435,7 @@ def test_sepico_regularizer(read: Any) -> None:  # noqa: ANN401
 def test_sepico_several_layers(read: Any) -> None:  # noqa: ANN401
     n = read("sepico_full")
     leaves = [n.leaf("multi_layer.feat_0"), n.leaf("multi_layer.feat_1")]
-    labels = anchorda.resize_labels(
-        n("multi_layer.mask").squeeze(1), leaves[0].shape[2:], mode="majority", min_ratio=0.75
-    )
+    labels = mask_of(n, "multi_layer.", leaves[0])
     contrast = anchorda.AnchorContrastiveLoss(n("multi_layer.contrast_temp"), similarity="dot")
     losses = [
         weight * contrast(leaf, labels, n(f"multi_layer.mean_{i}"))
@@ -539,16 +501,6 @@ def test_changed_by_the_contract_nothing_labeled_is_a_connected_zero(read: Any) 
 
 
 def test_daformer_feature_distance(read: Any) -> None:  # noqa: ANN401
-    n = read("daformer")
-    features, labels = n.leaf("feature_distance.features"), n("feature_distance.resized_labels")
-    loss = anchorda.feature_distance_loss(
-        features,
-        n("feature_distance.reference"),
-        labels,
-        classes=n("feature_distance.classes").tolist(),
-    )
-    close_with_gradient(loss, features, n("feature_distance.loss"), n("feature_distance.grad"))
-
     n = read("daformer_full")
     features, reference = n.leaf("calc_feat_dist.feat"), n("calc_feat_dist.feat_imnet")
     labels = anchorda.resize_labels(
@@ -580,12 +532,6 @@ def rare_class_probabilities(counts: Tensor, temperature: float) -> Tensor:
 
 
 def test_daformer_rare_class_sampling(read: Any) -> None:  # noqa: ANN401
-    n = read("daformer")
-    counts = n("rare_class.counts")
-    order = counts.argsort()
-    assert torch.equal(order, n("rare_class.classes"))
-    p = rare_class_probabilities(counts, n("rare_class.temperature"))[order]
-    close(p, n("rare_class.probabilities"))
     n = read("daformer_full")
     key = "get_rcs_class_probs."
     named = n(f"{key}pixel_counts").sum(dim=0)
@@ -602,26 +548,14 @@ def test_daformer_rare_class_sampling(read: Any) -> None:  # noqa: ANN401
         close(p, n(f"{key}probs_{suffix}"))
 
 
-def daformer_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return labels everywhere, and the share of sure ones as the weight of all pixels."""
-    labels, scores = anchorda.ProbabilityPseudoLabeler(0.0)(logits)
-    share = (scores >= threshold).sum() / scores.numel()
-    return labels, torch.ones_like(scores) * share
-
-
 def test_daformer_pseudo_labels_and_weights(read: Any) -> None:  # noqa: ANN401
-    n = read("daformer")
-    labels, weights = daformer_labels(n("pseudo.logits"), n("pseudo.threshold"))
-    weights[:, : int(n("pseudo.ignore_top"))] = 0
-    weights[:, -int(n("pseudo.ignore_bottom")) :] = 0
-    assert torch.equal(labels, n("pseudo.labels"))
-    close(weights, n("pseudo.weights"))
     n = read("daformer_full")
-    logits = n("pseudo_weight.ema_logits")
-    labels, weights = daformer_labels(logits, n("pseudo_weight.threshold"))
+    labels, scores = anchorda.ProbabilityPseudoLabeler(0.0)(n("pseudo_weight.ema_logits"))
     assert torch.equal(labels, n("pseudo_weight.pseudo_label"))
-    scores = anchorda.ProbabilityPseudoLabeler(0.0)(logits).scores
     close(scores, n("pseudo_weight.pseudo_prob"))
+    # The share of sure ones is the weight of all pixels.
+    share = (scores >= n("pseudo_weight.threshold")).sum() / scores.numel()
+    weights = torch.ones_like(scores) * share
     close(weights, n("pseudo_weight.weight_no_rows"))
     weights[:, : int(n("pseudo_weight.ignore_top"))] = 0
     weights[:, -int(n("pseudo_weight.ignore_bottom")) :] = 0
@@ -635,12 +569,6 @@ def test_daformer_pseudo_labels_and_weights(read: Any) -> None:  # noqa: ANN401
 
 def test_daformer_weighted_cross_entropy(read: Any) -> None:  # noqa: ANN401
     # They divide by all pixels, ignored ones too.
-    n = read("daformer")
-    logits, labels = n.leaf("weighted.logits"), n("weighted.labels")
-    labeled = (labels != 255).double().mean()
-    loss = anchorda.discriminative_loss(logits, labels, pixel_weights=n("pseudo.weights"))
-    close_with_gradient(loss * labeled, logits, n("weighted.loss"), n("weighted.grad"))
-
     n, key = read("daformer_full"), "cross_entropy."
     logits, labels, weights = n.leaf(f"{key}logits"), n(f"{key}label"), n(f"{key}weight")
     labeled = (labels != 255).double().mean()
