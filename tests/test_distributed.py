@@ -7,7 +7,6 @@ runs `rank_main`, which does everything below once and saves a report, and the t
 import copy
 import inspect
 import pickle
-import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import anchorda
@@ -40,32 +38,22 @@ from anchorda import (
 from anchorda.calibration import ScoreCalibrator
 from anchorda.distributed import _meeting_place, all_reduce, all_reduce_class_sums
 from tests.oracles import draw, lay_out
+from tests.ranks import SECONDS, run_ranks
 
 Batch = tuple[Tensor, Tensor]
 Report = dict[str, Any]
-Counting = ConfusionMatrix | PseudoLabelQuality | ScoreCalibrator | LabelAgreement
-OfLogits = SoftNeighborhoodDensity | InformationMaximization | NuclearNorm
 
-SECONDS = 120  # A hang is a failure: of a collective after half of this, of a rank after all.
 TOLERANCE = 1e-12
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {},
     "capped": {"max_count": 10},
     "moving": {"momentum": 0.25},
 }
-# Batches of ranks 0 to 3, never as many on each; the second time some rank has seen nothing.
-SHARES = {"uneven": [2, 1, 3, 1], "one empty": [0, 2, 1, 3]}
-COUNTING: list[type[Counting]] = [
-    ConfusionMatrix,
-    PseudoLabelQuality,
-    ScoreCalibrator,
-    LabelAgreement,
-]
-OF_LOGITS: list[type[OfLogits]] = [SoftNeighborhoodDensity, InformationMaximization, NuclearNorm]
-SCATTERS: list[type[ClassVariances | WithinClassCovariance]] = [
-    ClassVariances,
-    WithinClassCovariance,
-]
+# Batches of ranks 0 to 2, never as many on each; the second time some rank has seen nothing.
+SHARES = {"uneven": [2, 1, 3], "one empty": [0, 2, 1]}
+COUNTING: list[Any] = [ConfusionMatrix, PseudoLabelQuality, ScoreCalibrator, LabelAgreement]
+OF_LOGITS: list[Any] = [SoftNeighborhoodDensity, InformationMaximization, NuclearNorm]
+SCATTERS: list[Any] = [ClassVariances, WithinClassCovariance]
 
 
 def batch_of(rank: int, world: int, number: int, images: int = 2) -> Batch:
@@ -85,38 +73,29 @@ def step_of(rank: int, world: int, number: int) -> Batch:
     return batch_of(rank, world, 10 + number, images=0 if (rank, number) == (1, 1) else rank + 1)
 
 
-def accumulated(batches: list[Batch], options: dict[str, Any] | None = None) -> CategoryAnchors:
-    anchors = CategoryAnchors(5, 3, **(options or {}))
+def update(state: Any, batches: list[Batch]) -> None:  # noqa: ANN401
+    """Add batches to a state of any kind; scores of logits are of the features."""
     for features, labels in batches:
-        anchors.update(features, labels)
-    return anchors
-
-
-def counted(kind: type[Counting], batches: list[Batch]) -> Counting:
-    state = kind(5)
-    for features, labels in batches:
-        if isinstance(state, ScoreCalibrator):
+        if type(state) in OF_LOGITS:
+            state.update(features)
+        elif type(state) is ScoreCalibrator:
             state.update(labels, features[:, 0].abs(), truth=labels.roll(1))
-        else:
+        elif type(state) in COUNTING:
             state.update(labels.roll(1), labels)
+        else:
+            state.update(features, labels)
+
+
+def filled(kind: Any, batches: list[Batch], **options: Any) -> Any:  # noqa: ANN401
+    """Return a state of that kind after these batches."""
+    sizes = () if kind in OF_LOGITS else (5,) if kind in COUNTING else (5, 3)
+    state = kind(*sizes, **options)
+    update(state, batches)
     return state
 
 
-def scored(kind: type[OfLogits], batches: list[Batch]) -> OfLogits:
-    """Return a score of the features, taken for logits; its shapes come with the first batch."""
-    state = kind()
-    for features, _ in batches:
-        state.update(features)
-    return state
-
-
-def scattered(
-    kind: type[ClassVariances | WithinClassCovariance], batches: list[Batch]
-) -> ClassVariances | WithinClassCovariance:
-    state = kind(5, 3)
-    for features, labels in batches:
-        state.update(features, labels)
-    return state
+def record(report: Report, name: str, state: nn.Module) -> None:
+    report |= {f"{name} {key}": value.clone() for key, value in state.state_dict().items()}
 
 
 def soft_sums_of(batches: list[Batch]) -> ClassSums:
@@ -184,38 +163,30 @@ def message_of(call: Callable[[], None]) -> str:
     return "no error"
 
 
-def passed_states() -> dict[str, list[CategoryAnchors | Counting]]:
+def passed_states() -> dict[str, list[Any]]:
     """Return one state of each kind, empty and filled, as arguments of a process."""
-    batches = [batch_of(0, 2, 90)]
+    batches, kinds = [batch_of(0, 2, 90)], [CategoryAnchors, *COUNTING]
     return {
-        "empty": [CategoryAnchors(5, 3), *(kind(5) for kind in COUNTING)],
-        "filled": [accumulated(batches), *(counted(kind, batches) for kind in COUNTING)],
+        "empty": [filled(kind, []) for kind in kinds],
+        "filled": [filled(kind, batches) for kind in kinds],
     }
 
 
-def _report_passed(
-    report: Report, rank: int, world: int, passed: dict[str, list[CategoryAnchors | Counting]]
-) -> None:
-    batches = [batch_of(rank, world, 91)]
+def _report_passed(report: Report, rank: int, world: int, passed: dict[str, list[Any]]) -> None:
     for state, filled in zip(passed["empty"], passed["filled"], strict=True):
-        kind = type(state)
+        name = type(state).__name__
         assert not any(buffer.is_shared() for buffer in (*state.buffers(), *filled.buffers()))
-        if isinstance(state, CategoryAnchors):
-            state.update(*batches[0])
-        else:
-            state.counts.add_(counted(type(state), batches).counts)
+        update(state, [batch_of(rank, world, 91)])
         all_reduce(state)
-        report[f"passed {kind.__name__}"] = state.counts.clone()
-        report[f"passed filled {kind.__name__}"] = filled.counts.clone()
-        report[f"refused {kind.__name__}"] = message_of(lambda filled=filled: all_reduce(filled))  # type: ignore[misc]
+        report[f"passed {name}"] = state.counts.clone()
+        report[f"passed filled {name}"] = filled.counts.clone()
+        report[f"refused {name}"] = message_of(lambda filled=filled: all_reduce(filled))  # type: ignore[misc]
         filled.reset()
         all_reduce(filled)
         assert not filled.counts.any()
 
 
-def rank_main(
-    rank: int, world: int, folder: Path, passed: dict[str, list[CategoryAnchors | Counting]]
-) -> None:
+def rank_main(rank: int, world: int, folder: Path, passed: dict[str, list[Any]]) -> None:
     """Everything that needs a group, on one rank."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -255,28 +226,19 @@ def _report_share(report: Report, rank: int, world: int, share: str) -> None:
     report[f"{share} half sums"] = half.sums
     report[f"{share} half counts"] = half.counts
     for name, options in OPTIONS.items():
-        anchors = accumulated(stream, options)
-        report[f"local {share} {name} means"] = anchors.means.clone()
-        report[f"local {share} {name} counts"] = anchors.counts.clone()
+        anchors = filled(CategoryAnchors, stream, **options)
+        record(report, f"local {share} {name}", anchors)
         all_reduce(anchors)
-        report[f"{share} {name} means"] = anchors.means.clone()
-        report[f"{share} {name} counts"] = anchors.counts.clone()
+        record(report, f"{share} {name}", anchors)
         anchors.update(*batch_of(0, world, 50))
-        report[f"{share} {name} means after"] = anchors.means
-        report[f"{share} {name} counts after"] = anchors.counts
-    for kind in COUNTING:
-        state = counted(kind, stream)
+        record(report, f"{share} {name} after", anchors)
+    for kind in (*COUNTING, *SCATTERS, *OF_LOGITS):
+        state = filled(kind, stream)
         all_reduce(state)
-        report[f"{share} {kind.__name__}"] = state.counts
-    for of_logits in OF_LOGITS:
-        score = scored(of_logits, stream)
-        all_reduce(score)
-        report[f"{share} {of_logits.__name__}"] = score.compute()[None]
-    for scatters in SCATTERS:
-        moments = scattered(scatters, stream)
-        all_reduce(moments)
-        for name, value in moments.state_dict().items():
-            report[f"{share} {scatters.__name__} {name}"] = value
+        if kind in OF_LOGITS:
+            report[f"{share} {kind.__name__}"] = state.compute()[None]
+        else:
+            record(report, f"{share} {kind.__name__}", state)
     clusters = AnchorClusters(5, 3, 2)
     for number in range(2):
         for features, labels in stream:
@@ -296,16 +258,13 @@ def _report_steps(report: Report, rank: int, world: int) -> None:
         for number in range(3):
             sums = anchorda.class_sums(*step_of(rank, world, number), 5)
             anchors.update_sums(*all_reduce_class_sums(sums))
-        report[f"steps {name} means"], report[f"steps {name} counts"] = (
-            anchors.means,
-            anchors.counts,
-        )
+        record(report, f"steps {name}", anchors)
 
 
 def _report_subgroup(report: Report, rank: int, world: int) -> None:
     """All ranks but the first."""
     group = dist.new_group(list(range(1, world)))
-    anchors = accumulated([batch_of(rank, world, 0)])
+    anchors = filled(CategoryAnchors, [batch_of(rank, world, 0)])
     untouched = copy.deepcopy(anchors)
     report["subgroup"] = message_of(lambda: all_reduce(anchors, group=group))
     if rank == 0:
@@ -316,7 +275,7 @@ def _report_subgroup(report: Report, rank: int, world: int) -> None:
             lambda: _discard(all_reduce_class_sums(sums, group=group))
         )
     else:
-        report["subgroup means"], report["subgroup counts"] = anchors.means, anchors.counts
+        record(report, "subgroup", anchors)
         odd = ConfusionMatrix(4 if rank == 1 else 5)
         report["subgroup disagreeing"] = message_of(lambda: all_reduce(odd, group=group))
 
@@ -357,27 +316,19 @@ def _report_parallel(report: Report, rank: int) -> None:
         report[f"parallel {name}"] = anchors.counts
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, 3])
 def reports(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Report]:
     """Return the report of each rank."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    context = spawn(rank_main, (world, folder, passed_states()), world, join=False)
-    deadline = time.monotonic() + SECONDS
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"{world} ranks have not finished within {SECONDS} s")
+    run_ranks(world, rank_main, world, folder, passed_states())
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def assert_same(report: Report, name: str, expected: CategoryAnchors, after: str = "") -> None:
-    assert torch.equal(report[f"{name} counts{after}"], expected.counts)
-    torch.testing.assert_close(
-        report[f"{name} means{after}"], expected.means, rtol=TOLERANCE, atol=0
-    )
+def assert_same(report: Report, name: str, expected: CategoryAnchors) -> None:
+    assert torch.equal(report[f"{name} counts"], expected.counts)
+    torch.testing.assert_close(report[f"{name} means"], expected.means, rtol=TOLERANCE, atol=0)
 
 
 def whole(world: int, share: str) -> list[Batch]:
@@ -400,16 +351,11 @@ def test_every_rank_has_the_same_bits(reports: list[Report]) -> None:
 
 def test_what_a_process_is_started_with_is_its_own(reports: list[Report]) -> None:
     world = len(reports)
-    filled = [
-        accumulated([batch_of(0, 2, 90)]),
-        *(counted(k, [batch_of(0, 2, 90)]) for k in COUNTING),
-    ]
-    for state in filled:
-        name, expected = type(state).__name__, type(state)
-        batches = [batch_of(rank, world, 91) for rank in range(world)]
-        whole_ = accumulated(batches) if expected is CategoryAnchors else counted(expected, batches)
+    for state in passed_states()["filled"]:
+        name = type(state).__name__
+        expected = filled(type(state), [batch_of(rank, world, 91) for rank in range(world)])
         for report in reports:
-            assert torch.equal(report[f"passed {name}"], whole_.counts)
+            assert torch.equal(report[f"passed {name}"], expected.counts)
             assert torch.equal(report[f"passed filled {name}"], state.counts)
             assert "passed to the process with counts in it" in report[f"refused {name}"]
 
@@ -442,14 +388,14 @@ def test_sums_are_those_of_one_process(reports: list[Report], share: str) -> Non
 @pytest.mark.parametrize("share", SHARES)
 def test_anchors_are_those_of_one_process(reports: list[Report], share: str) -> None:
     world = len(reports)
-    expected = accumulated(whole(world, share))
+    expected = filled(CategoryAnchors, whole(world, share))
     assert expected.seen.tolist() == [True, True, True, True, False]
     assert_same(reports[0], f"{share} exact", expected)
     # What one rank alone has seen keeps its bits.
     alone = reports[-1][f"local {share} exact means"][3]
     assert torch.equal(reports[0][f"{share} exact means"][3], alone)
     expected.update(*batch_of(0, world, 50))
-    assert_same(reports[0], f"{share} exact", expected, " after")
+    assert_same(reports[0], f"{share} exact after", expected)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -480,7 +426,7 @@ def test_forgetful_anchors_are_weighed_by_their_counts(
         assert any(sum(int(counts[c]) for _, counts in local) > 10 for c in range(5))
     assert_same(reports[0], f"{share} {name}", expected)
     expected.update(*batch_of(0, len(reports), 50))
-    assert_same(reports[0], f"{share} {name}", expected, " after")
+    assert_same(reports[0], f"{share} {name} after", expected)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -496,22 +442,18 @@ def test_sums_of_every_batch_give_what_the_global_batch_gives(
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("kind", COUNTING)
-def test_counts_are_those_of_one_process(
-    reports: list[Report], share: str, kind: type[Counting]
-) -> None:
-    expected = counted(kind, whole(len(reports), share))
+@pytest.mark.parametrize("kind", [*COUNTING, *SCATTERS])
+def test_states_are_those_of_one_process(reports: list[Report], share: str, kind: Any) -> None:  # noqa: ANN401
+    expected = filled(kind, whole(len(reports), share))
     assert expected.counts.any()
-    assert torch.equal(reports[0][f"{share} {kind.__name__}"], expected.counts)
+    for name, value in expected.state_dict().items():
+        actual = reports[0][f"{share} {kind.__name__} {name}"]
+        torch.testing.assert_close(actual, value, rtol=TOLERANCE, atol=1e-13)
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_scatters_and_soft_sums_are_those_of_one_process(reports: list[Report], share: str) -> None:
+def test_clusters_and_soft_sums_are_those_of_one_process(reports: list[Report], share: str) -> None:
     stream = whole(len(reports), share)
-    for kind in SCATTERS:
-        for name, expected in scattered(kind, stream).state_dict().items():
-            actual = reports[0][f"{share} {kind.__name__} {name}"]
-            torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=1e-13)
     counts = sums_of(stream).counts
     for number in range(2):
         assert torch.equal(reports[0][f"{share} clusters counts {number}"].sum(dim=1), counts)
@@ -554,7 +496,7 @@ SUMS = (
 def test_every_rank_hears_of_a_disagreement(
     reports: list[Report], what: str, most: str, odd: str
 ) -> None:
-    where = {2: "rank 0", 3: "ranks 0, 2", 4: "ranks 0, 2, 3"}[len(reports)]
+    where = {2: "rank 0", 3: "ranks 0, 2"}[len(reports)]
     message = (
         f"ValueError: Expected the same state on every rank, but got {most} on {where} and "
         f"{odd} on rank 1. Create it with the same settings in every process."
@@ -564,7 +506,7 @@ def test_every_rank_hears_of_a_disagreement(
 
 def test_a_group_is_its_processes_only(reports: list[Report]) -> None:
     world = len(reports)
-    expected = accumulated([batch_of(rank, world, 0) for rank in range(1, world)])
+    expected = filled(CategoryAnchors, [batch_of(rank, world, 0) for rank in range(1, world)])
     message = "ValueError: Expected a process that is in `group`, but got rank 0, which is not."
     assert reports[0]["subgroup"].startswith(message)
     assert reports[0]["subgroup sums"].startswith(message)
@@ -590,15 +532,13 @@ def test_parallel_training_loses_anchors_inside_of_the_wrapped_module(
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("kind", OF_LOGITS)
 def test_scores_of_logits_are_those_of_one_process(
-    reports: list[Report], share: str, kind: type[OfLogits]
+    reports: list[Report],
+    share: str,
+    kind: Any,  # noqa: ANN401
 ) -> None:
-    name, expected = (
-        f"{share} {kind.__name__}",
-        scored(kind, whole(len(reports), share)).compute()[None],
-    )
-    for report in reports:
-        assert torch.equal(report[name], reports[0][name])
-        torch.testing.assert_close(report[name], expected, rtol=TOLERANCE, atol=0)
+    expected = filled(kind, whole(len(reports), share)).compute()[None]
+    actual = reports[0][f"{share} {kind.__name__}"]  # of all ranks, by their bits
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=0)
 
 
 KINDS = ", ".join(
@@ -623,22 +563,11 @@ def test_a_single_process_needs_no_group() -> None:
     counts.zero_()
     assert given.sums.any()
     assert given.counts.any()
-    for options in OPTIONS.values():
-        anchors = accumulated(stream, options)
-        before = copy.deepcopy(anchors)
-        all_reduce(anchors)
-        assert torch.equal(anchors.means, before.means)
-        assert torch.equal(anchors.counts, before.counts)
-    for kind in COUNTING:
-        state = counted(kind, stream)
-        expected = state.counts.clone()
+    states = [filled(CategoryAnchors, stream, **options) for options in OPTIONS.values()]
+    for state in (*states, *(filled(kind, stream) for kind in (*COUNTING, *SCATTERS, *OF_LOGITS))):
+        before = copy.deepcopy(state.state_dict())
         all_reduce(state)
-        assert torch.equal(state.counts, expected)
-    for of_logits in OF_LOGITS:
-        score = scored(of_logits, stream)
-        before_reduction = score.compute()
-        all_reduce(score)
-        assert torch.equal(score.compute(), before_reduction)
+        torch.testing.assert_close(state.state_dict(), before, rtol=0, atol=0)
     with pytest.raises(TypeError, match=f"Expected `state` to be one of {KINDS}, but got Tensor"):
         all_reduce(torch.zeros(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Expected `class_sums` to be ClassSums, but got tuple"):

@@ -31,12 +31,12 @@ from settings import parse_settings
 from streams import Loading, RandomStream
 from synthetic import write_synthetic_pair
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from warm_up import Discriminator, adversarial_losses, source_losses
 
+from tests.ranks import SECONDS, run_ranks
+
 TRAIN = Path(train.__file__)
-SECONDS = 120  # a hang is a failure
 KINDS = ("source", "adversarial", "paper", "paper in parts")
 
 Report = dict[str, Any]
@@ -144,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reports(folder: Path) -> list[Report]:
     """Return the reports of one process, then of each of two."""
     torch.save(report_of(folder), folder / "one.pt")
-    spawn(rank_main, (folder,), nprocs=2)
+    run_ranks(2, rank_main, folder)
     return [torch.load(folder / f"{name}.pt") for name in ("one", "rank0", "rank1")]
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import multiprocessing
 import random
 import shutil
 import sys
@@ -15,26 +14,16 @@ import pytest
 import torch
 import train
 from engine.files import load_checkpoint
-from synthetic import write_synthetic_pair
 
-KILLS = 24
-# Imported once, not in each process: PyTorch needs seconds for what its optimizers import.
-PRELOADED = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
+from tests.ranks import forkserver
+
+KILLS = 16
 FLAGS = [
     *("--resize", "height:32", "--crop", "32", "48", "--workers", "0", "--device", "cpu"),
     *("--warmup-iterations", "12", "--stages", "2", "--stage-iterations", "12", "--baseline"),
     *("--warmup", "adversarial", "--teacher", "0.8", "--precision", "bfloat16"),
     *("--checkpoint-every", "3", "--evaluate-every", "4", "--threads", "1"),
 ]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a source and a target of a few small images."""
-    root = tmp_path_factory.mktemp("pair")
-    return write_synthetic_pair(
-        root, seed=0, source_images=5, target_images=4, val_images=2, height=48
-    )
 
 
 def main(arguments: list[str], log: Path) -> None:
@@ -46,12 +35,10 @@ def main(arguments: list[str], log: Path) -> None:
 
 
 def start(pair: tuple[Path, Path], output: Path, *flags: str) -> ForkServerProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     source, target = pair
     arguments = ["--source", str(source), "--target", str(target), "--output", str(output)]
     log = output.with_suffix(".log")
-    process = context.Process(target=main, args=([*arguments, *FLAGS, *flags], log))
+    process = forkserver().Process(target=main, args=([*arguments, *FLAGS, *flags], log))
     process.start()
     return process
 
@@ -147,18 +134,6 @@ def test_a_finished_run_that_goes_on_changes_nothing(
     process.join()
     assert process.exitcode == 0
     assert result_of(output)[0] == result_of(whole[0])[0]
-
-
-def test_other_settings_do_not_go_on(
-    pair: tuple[Path, Path], whole: tuple[Path, int], tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    shutil.copytree(whole[0], output)
-    process = start(pair, output, "--resume", "--seed", "1")
-    process.join()
-    assert process.exitcode == 2
-    said = output.with_suffix(".log").read_text()
-    assert "holds a run with --seed 0, but now it is 1" in said
 
 
 def test_what_was_recorded_after_the_checkpoint_is_recorded_again(

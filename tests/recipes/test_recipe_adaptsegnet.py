@@ -7,9 +7,7 @@ before the discriminator, and labels that nobody has moved to the device.
 
 import copy
 import os
-import socket
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,12 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils import data
 
 import anchorda
-from tests.oracles import Array, resize_nearest
-from tests.recipes.pages import run_block
+from tests.oracles import Array
+from tests.ranks import free_port, run_ranks
+from tests.recipes.pages import nearest, run_block
 
 NUM_CLASSES, DIM = 19, 2048
 PAGE = "adaptsegnet.md"
@@ -125,17 +123,13 @@ def stage_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return install(monkeypatch)
 
 
-def install(monkeypatch: pytest.MonkeyPatch | None = None) -> ModuleType:
+def install(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("anchor_stage")
     run_block(PAGE, 0, vars(module))
-    parents = ["advent", "advent.domain_adaptation"]
-    modules = {name: ModuleType(name) for name in parents}
-    modules |= {"anchor_stage": module, "advent.domain_adaptation.anchor_stage": module}
-    for name, value in modules.items():
-        if monkeypatch is None:
-            sys.modules[name] = value
-        else:
-            monkeypatch.setitem(sys.modules, name, value)
+    for name in ("advent", "advent.domain_adaptation"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("anchor_stage", "advent.domain_adaptation.anchor_stage"):
+        monkeypatch.setitem(sys.modules, name, module)
     return module
 
 
@@ -149,11 +143,12 @@ def trained(multi_level: bool = True) -> ResNetMulti:
     return model
 
 
-def adaptsegnet() -> SimpleNamespace:
-    """Return the names in `main`, up to the loop over iterations."""
-    n = SimpleNamespace(
-        model=ResNetMulti(),
-        args=SimpleNamespace(iter_size=2, num_classes=NUM_CLASSES, restore_from="warm_up.pth"),
+def names_of_main(model: ResNetMulti, iter_size: int) -> SimpleNamespace:
+    """Return the names in `main`."""
+    args = {"iter_size": iter_size, "num_classes": NUM_CLASSES, "restore_from": "warm_up.pth"}
+    return SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(**args),
         device=torch.device("cpu"),
         trainloader=loader(2, labeled=True),
         targetloader=loader(3, labeled=False),
@@ -163,6 +158,11 @@ def adaptsegnet() -> SimpleNamespace:
         torch=torch,
         log=[],
     )
+
+
+def adaptsegnet() -> SimpleNamespace:
+    """Return the names in `main`, up to the loop over iterations."""
+    n = names_of_main(ResNetMulti(), iter_size=2)
     torch.save(trained().state_dict(), n.args.restore_from)
     run_block(PAGE, 1, vars(n))  # The import.
     run_block(PAGE, 2, vars(n))  # The warm-up's weights.
@@ -268,7 +268,7 @@ def enlarge(pred: Tensor, width: int = WIDTH) -> Tensor:
 
 
 def small(labels: Tensor) -> Tensor:
-    return torch.from_numpy(resize_nearest(labels[0].long().numpy(), (5, 7)))[None]
+    return torch.from_numpy(nearest(labels, (5, 7)).reshape(1, 5, 7))
 
 
 def anchors_by_hand(model: ResNetMulti, source: Images) -> Array:
@@ -364,14 +364,6 @@ def n(stage_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names = adaptsegnet()
     run_block(PAGE, 3, vars(names))
     return names
-
-
-def test_conventions(n: SimpleNamespace) -> None:
-    (images, labels), _ = batches_of(n, 1)[0]
-    assert labels.dtype == torch.float32
-    assert [x.shape for x in n.model(images)] == [(1, NUM_CLASSES, 5, 7)] * 2
-    with pytest.raises(TypeError, match=r"torch.float32. Convert them with labels.long\(\)."):
-        anchorda.resize_labels(labels, (5, 7))
 
 
 def test_the_stage_reads_every_image_once(n: SimpleNamespace) -> None:
@@ -488,31 +480,13 @@ def test_everything_is_moved_to_the_device(stage_module: ModuleType) -> None:
     assert names.loss.is_meta
 
 
-def test_a_tap_on_a_branch_of_the_classifier_sees_the_sum() -> None:
-    model = trained()
-    with anchorda.FeatureTap(model.layer6.conv2d_list[0]) as tap:
-        _, pred2 = model(torch.randn(1, 3, HEIGHT, WIDTH))
-    assert torch.equal(tap.features, pred2)
-
-
-def rank_main(rank: int, world: int, port: int, folder: str) -> None:
-    """AdaptSegNet on one of several processes, each with images of its own."""
+def rank_main(rank: int, port: int, folder: str) -> None:
+    """AdaptSegNet on one of two processes, each with images of its own."""
     torch.set_num_threads(1)
-    settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
+    settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in settings.items()}
-    install()
-    n = SimpleNamespace(
-        model=trained(),
-        args=SimpleNamespace(iter_size=1, num_classes=NUM_CLASSES),
-        device=torch.device("cpu"),
-        trainloader=loader(2, labeled=True),
-        targetloader=loader(3, labeled=False),
-        interp=nn.Upsample(size=(HEIGHT, WIDTH), mode="bilinear", align_corners=True),
-        interp_target=nn.Upsample(size=(HEIGHT, 56), mode="bilinear", align_corners=True),
-        discriminator=Discriminator(),
-        torch=torch,
-        log=[],
-    )
+    install(pytest.MonkeyPatch())
+    n = names_of_main(trained(), iter_size=1)
     run_block(PAGE, 15, vars(n))
     run_block(PAGE, 1, vars(n))
     run_block(PAGE, 3, vars(n))
@@ -530,16 +504,7 @@ def rank_main(rank: int, world: int, port: int, folder: str) -> None:
 
 
 def test_two_processes(n: SimpleNamespace, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = spawn(rank_main, (2, port, str(tmp_path)), 2, join=False)
-    deadline = time.monotonic() + 60
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("two processes have not finished within 60 s")
+    run_ranks(2, rank_main, free_port(), str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for report in (first, second):
         assert report["read"] == IMAGES / 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests import oracles
 from tests.oracles import Array, flat, rows
-from tests.recipes.pages import run_block
+from tests.recipes.pages import nearest, run_block
 
 NUM_CLASSES, DIM = 19, 256
 PAGE = "cag_uda.md"
@@ -70,18 +70,13 @@ def names() -> dict[str, Any]:
     }
 
 
-def small(labels: Tensor) -> Tensor:
-    resized = [oracles.resize_nearest(image.numpy(), (16, 24)) for image in labels]
-    return torch.from_numpy(np.stack(resized))
-
-
 def by_hand(names: dict[str, Any]) -> Array:
     """Return the means over images of the means of classes of at least ten pixels."""
     batches = []
     for images, labels in names["source_train_loader"]:
         _, _, features, logits = names["model"].PredNet_Forward(images)
-        for x, y, z in zip(features, small(labels), logits, strict=True):
-            kept = oracles.keep_correct(flat(y[None]), rows(z[None]), 250)
+        for x, y, z in zip(features, labels, logits, strict=True):
+            kept = oracles.keep_correct(nearest(y[None], (16, 24)), rows(z[None]), 250)
             batches.append(oracles.image_centroids(rows(x[None]), kept, NUM_CLASSES, 10, 250))
     return oracles.stream_anchors(batches, NUM_CLASSES, DIM, max_count=3000)[0]
 

@@ -174,9 +174,3 @@ def test_every_name_of_the_table_exists() -> None:
         for name in re.findall(r"`([A-Za-z_]+)[`(.]", row):
             known = {"anchors", "centroids", "counts", "ignore_index", "pixel_weights"}
             assert hasattr(anchorda, name) or name in known, name
-
-
-@pytest.mark.parametrize("ignored", [250, 255, -1])
-def test_every_ignored_label_is_ignored(ignored: int) -> None:
-    sums = anchorda.class_sums(torch.ones(1, DIM), torch.tensor([ignored]), NUM_CLASSES)
-    assert sums.counts.sum() == 0

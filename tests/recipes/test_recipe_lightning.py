@@ -2,8 +2,6 @@
 
 import copy
 import os
-import socket
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 import anchorda
 from tests import oracles
-from tests.oracles import Array, Labels, flat, rows
-from tests.recipes.pages import run_block
+from tests.oracles import Array, Labels, rows
+from tests.ranks import free_port, run_ranks
+from tests.recipes.pages import nearest, right_means, run_block
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
-NUM_CLASSES, DIM, SECONDS = 4, 5, 300
+NUM_CLASSES, DIM = 4, 5
 PAGE = "lightning.md"
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -104,15 +102,11 @@ def record_losses(module: Any) -> list[float]:  # noqa: ANN401
 
 
 def resized(labels: Tensor) -> Labels:
-    return np.stack([oracles.resize_nearest(image.numpy(), (4, 3)) for image in labels]).reshape(-1)
+    return nearest(labels, (4, 3))
 
 
 def by_hand(network: Network, source: Batches) -> Array:
-    batches = []
-    for images, labels in source:
-        features, logits = network(images)
-        batches.append((rows(features), oracles.keep_correct(resized(labels), rows(logits), 255)))
-    return oracles.stream_anchors(batches, NUM_CLASSES, DIM)[0]
+    return right_means([(*network(images), labels) for images, labels in source])
 
 
 def step_by_hand(
@@ -217,17 +211,7 @@ def rank_main(rank: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = spawn(rank_main, (str(folder), port), 2, join=False)
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks did not end"
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_ranks(2, rank_main, str(folder), free_port(), seconds=300)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -265,9 +249,3 @@ def test_updates_in_the_step_are_rank_0_s_alone(reports: list[dict[str, Any]]) -
     last = resized(draw_source(1)[1][1])
     counts = np.bincount(labels[labels < 4], minlength=4) + np.bincount(last[last < 4], minlength=4)
     assert other.tolist() == counts.tolist()
-
-
-def test_labels_are_those_of_the_source() -> None:
-    """The stand-in's labels have all that the page promises: ignored ones, another resolution."""
-    labels = np.concatenate([flat(labels) for _, labels in draw_source(1)])
-    assert {3, 255} <= set(labels.tolist())

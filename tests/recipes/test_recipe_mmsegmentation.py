@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import anchorda
 from tests import oracles
-from tests.oracles import Array, flat, rows
-from tests.recipes.pages import run_block
+from tests.oracles import Array, rows
+from tests.recipes.pages import majority, right_means, run_block
 
 PAGE = "mmsegmentation.md"
 NUM_CLASSES, CHANNELS, SIZE = 4, 5, 16
@@ -235,10 +235,8 @@ def anchors_by_hand(setting: Setting) -> Array:
     batches = []
     for image, labels in setting.source:
         assert labels is not None
-        features, logits = frozen_features(setting.model, image[None])
-        small = oracles.resize_nearest(labels.numpy(), (4, 4)).reshape(-1)
-        batches.append((rows(features), oracles.keep_correct(small, rows(logits), 255)))
-    return oracles.stream_anchors(batches, NUM_CLASSES, CHANNELS)[0]
+        batches.append((*frozen_features(setting.model, image[None]), labels[None]))
+    return right_means(batches)
 
 
 def test_a_stage_is_of_the_frozen_network(setting: Setting) -> None:
@@ -288,13 +286,9 @@ def test_target_samples_get_labels_and_the_source_keeps_its_own(setting: Setting
 
     # In train mode, before the dropout: what the layer before it returned.
     (features,) = received
-    small = np.stack(
-        [
-            oracles.resize_majority(sample.gt_sem_seg.data[0].numpy(), (4, 4), 0.75, 255)
-            for sample in batch["data_samples"]
-        ]
-    )
-    pulled = oracles.distance_loss(rows(features), small.reshape(-1), anchors, "euclidean", "pixel")
+    labels = torch.stack([sample.gt_sem_seg.data for sample in batch["data_samples"]])
+    small = majority(labels, (4, 4))
+    pulled = oracles.distance_loss(rows(features), small, anchors, "euclidean", "pixel")
     assert losses["loss_anchor"].item() == pytest.approx(0.1 * pulled, rel=1e-4)
     sum(losses.values()).backward()
     assert setting.model.backbone.weight.grad is not None
@@ -358,19 +352,3 @@ def test_the_configuration(setting: Setting) -> None:
     assert config["custom_imports"] == {"imports": ["anchored"]}
     assert config["custom_hooks"][0]["begin"] > 0
     assert config["custom_hooks"][0]["interval"] > 0
-
-
-def test_unsure_pixels_are_in_the_mean_of_the_cross_entropy(setting: Setting) -> None:
-    """`avg_non_ignore` has the effect that the page states."""
-    (image, labels), model = setting.source[0], setting.model.eval()
-    assert labels is not None
-    half = labels.clone()
-    half[: SIZE // 2] = 255
-    rest = labels.clone()
-    rest[SIZE // 2 :] = 255
-    whole, *parts = (
-        Wrapper(model).loss(collate([(image, part)]))["decode.loss_ce"]
-        for part in (labels, half, rest)
-    )
-    torch.testing.assert_close(whole, sum(parts))
-    assert flat(labels).max() == 255

@@ -15,18 +15,12 @@ from torch import Tensor, nn
 import anchorda
 from tests import oracles
 from tests.oracles import Array, flat, rows
-from tests.recipes.pages import run_block
+from tests.recipes.pages import right_means, run_block
 
 NUM_CLASSES = 5
 PAGE = "model_libraries.md"
 ONES = [1.0] * NUM_CLASSES
 Batches = list[tuple[Tensor, Tensor]]
-
-
-def small(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    return torch.from_numpy(
-        np.stack([oracles.resize_nearest(image.numpy(), size) for image in labels])
-    )
 
 
 class DeepLab(nn.Module):
@@ -79,11 +73,6 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.cls_token.expand(len(x), -1, -1), patches], dim=1)
 
 
-def anchors_by_hand(features: list[Tensor], labels: list[Tensor]) -> Array:
-    batches = [(rows(x), flat(y)) for x, y in zip(features, labels, strict=True)]
-    return oracles.stream_anchors(batches, NUM_CLASSES, features[0].shape[1])[0]
-
-
 def draw_source(height: int, width: int) -> Batches:
     labels = torch.tensor([0, 1, 2, 3, 4, 255])
     return [
@@ -109,14 +98,8 @@ def test_torchvision() -> None:
         features: Tensor = frozen.classifier[:2](frozen.backbone(images))
         return features
 
-    features = [features_of(images) for images, _ in source]
-    kept = []
-    for x, (_, labels) in zip(features, source, strict=True):
-        logits = rows(frozen.classifier[-1](x))
-        kept.append(
-            torch.from_numpy(oracles.keep_correct(flat(small(labels, (4, 5))), logits, 255))
-        )
-    anchors = anchors_by_hand(features, kept)
+    features = [(features_of(images), labels) for images, labels in source]
+    anchors = right_means([(x, frozen.classifier[-1](x), labels) for x, labels in features])
     assert np.isfinite(anchors).all(axis=1).sum() >= 2
     np.testing.assert_allclose(names["stage"].centroids.numpy(), anchors, rtol=1e-5, atol=1e-6)
     expected, _ = oracles.margin_labels(
@@ -147,8 +130,7 @@ def test_timm_classifier() -> None:
     }
     run_block(PAGE, 1, names)
     features = network.layers(images).mean(dim=(2, 3))
-    kept = oracles.keep_correct(flat(labels), rows(network.fc(features)), 255)
-    anchors = anchors_by_hand([features], [torch.from_numpy(kept)])
+    anchors = right_means([(features, network.fc(features), labels)])
     expected = oracles.distance_loss(rows(features), flat(labels), anchors, "euclidean", "pixel")
     assert names["loss"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -180,13 +162,10 @@ def segformer_anchors(network: Any, source: Batches) -> tuple[Array, list[Tensor
     """Return anchors by hand in evaluation mode, and the list of recorded features."""
     received = list[Tensor]()
     network.decode_head.dropout.register_forward_hook(lambda _, args, __: received.append(args[0]))
-    kept = []
     with torch.no_grad():
-        for images, labels in source:
-            logits = rows(network(pixel_values=images).logits)
-            right = oracles.keep_correct(flat(small(labels, (8, 10))), logits, 255)
-            kept.append(torch.from_numpy(right))
-    anchors = anchors_by_hand(received, kept)
+        logits = [network(pixel_values=images).logits for images, _ in source]
+    labels = [labels for _, labels in source]
+    anchors = right_means(list(zip(received, logits, labels, strict=True)))
     received.clear()
     return anchors, received
 

@@ -248,12 +248,6 @@ def n(prototypes: Tensor, tmp_path: Path) -> SimpleNamespace:
     return names
 
 
-def test_stride_8_has_one_more() -> None:
-    out = BaseNet()(torch.randn(1, 3, *FULL))
-    assert out["feat"].shape == (1, DIM, 9, 13)
-    assert out["out"].shape == (1, NUM_CLASSES, 9, 13)
-
-
 def test_two_steps(n: SimpleNamespace, prototypes: Tensor) -> None:
     model, expected = copy.deepcopy(n.self), prototypes.clone()
     expected[UNSEEN] = torch.nan

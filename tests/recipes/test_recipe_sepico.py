@@ -20,9 +20,23 @@ from torch import Tensor, nn
 
 import anchorda
 from tests import oracles
-from tests.oracles import Array, Labels, flat, rows
-from tests.recipes.pages import RECIPES, run_block
-from tests.recipes.test_recipe_daformer import Config, UDADataset, build_dataloader
+from tests.oracles import Array, Labels, rows
+from tests.recipes.pages import (
+    RECIPES,
+    assert_labels,
+    evaluated,
+    majority,
+    right_means,
+    run_block,
+)
+from tests.recipes.test_recipe_daformer import (
+    Config,
+    UDADataset,
+    build_dataloader,
+    draw_labels,
+    stop_dropout,
+    update_ema,
+)
 
 PAGE = "sepico.md"
 NUM_CLASSES, CHANNELS, SIZE, RATIO, TEMPERATURE = 6, 5, 32, 0.75, 0.1
@@ -133,14 +147,9 @@ class SePiCo(nn.Module):
         target_img_metas: Metas,
     ) -> None:
         """One step."""
-        alpha = min(1 - 1 / (self.local_iter + 1), 0.9)
-        for old, new in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
-            old.detach_()
-            old.data = alpha * old.data + (1 - alpha) * new.data
+        update_ema(self.ema_model, self.model, self.local_iter)
         weak_img, weak_target_img = img.clone(), target_img.clone()
-        for module in self.ema_model.modules():
-            if isinstance(module, nn.Dropout | nn.Dropout2d):
-                module.training = False
+        stop_dropout(self.ema_model)
         softmax = self.ema_model.encode_decode(weak_target_img, target_img_metas).softmax(dim=1)
         probability, pseudo_label = softmax.max(dim=1)
         img, target_img = 0.8 * img + 0.1, 0.8 * target_img + 0.1  # The strong views.
@@ -192,22 +201,6 @@ def contrast(
     else:
         run_block(PAGE, 3, names, edits)
     return names["loss"], names
-
-
-def draw_labels(classes: int = NUM_CLASSES - 1) -> Tensor:
-    """Return patches of 8 × 8, so that cells of stride 4 have a majority; some ignored."""
-    patches = torch.randint(classes, (2, 1, SIZE // 8, SIZE // 8))
-    patches[torch.rand(patches.shape) < 0.1] = 255
-    labels = patches.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-    labels[:, :, :2] = torch.randint(classes, labels[:, :, :2].shape)
-    return labels
-
-
-def majority(labels: Tensor, size: Sequence[int]) -> Labels:
-    small = [
-        oracles.resize_majority(image.numpy(), size, RATIO, 255) for image in labels.squeeze(1)
-    ]
-    return np.stack(small).reshape(-1)
 
 
 def statistics(batches: Sequence[tuple[Array, Labels]]) -> Statistics:
@@ -262,7 +255,7 @@ def train(block: int, weighted: bool = False) -> Run:
         feat = uda.names["ema_src_feat"]
         teacher = copy.deepcopy(uda.ema_model)  # In train mode: by the statistics of the batch.
         torch.testing.assert_close(feat, teacher.extract_auxiliary_feat(img))
-        batches.append((rows(feat), majority(labels, feat.shape[2:])))
+        batches.append((rows(feat), majority(labels, feat.shape[2:], RATIO)))
         optimizer.step()
     return Run(uda, batches)
 
@@ -288,7 +281,7 @@ def test_statistics_and_losses_of_a_step(block: int, weighted: bool) -> None:
         if call.weight is not None:
             weights = F.avg_pool2d(call.weight, 4).double().numpy().reshape(-1)
             assert 0 < weights.min() + 1e-9 < weights.max() < 1
-        small = majority(call.mask, call.feat.shape[2:])
+        small = majority(call.mask, call.feat.shape[2:], RATIO)
         loss = loss_by_hand(rows(call.feat), small, expected, block, weights)
         assert call.loss.item() == pytest.approx(loss, rel=1e-4)
     parameters = uda.model.auxiliary_head.parameters()
@@ -305,7 +298,7 @@ def test_the_majority_has_the_setting_s_ratio(monkeypatch: pytest.MonkeyPatch) -
     )
     labels = torch.randint(NUM_CLASSES - 1, (2, 1, SIZE, SIZE))
     feat = F.normalize(torch.randn(2, CHANNELS, 8, 8), dim=1).requires_grad_()
-    small = majority(labels, (8, 8))
+    small = majority(labels, (8, 8), RATIO)
     assert 0 < (small != 255).sum() < small.size
     means, variances = (torch.from_numpy(part).float() for part in expected)
     for block in (2, 3):
@@ -351,7 +344,7 @@ def test_an_unseen_class_is_left_out_or_a_zero_as_in_the_code(block: int) -> Non
     mean[2] = covariance[2] = math.nan
     feat = F.normalize(torch.randn(2, CHANNELS, 8, 8), dim=1).requires_grad_()
     labels = draw_labels(NUM_CLASSES)
-    small = majority(labels, (8, 8))
+    small = majority(labels, (8, 8), RATIO)
     assert (small == 2).any()
     loss, names = contrast(block, feat, labels, mean, covariance)
     moments = mean.double().numpy(), covariance.double().numpy()
@@ -365,35 +358,13 @@ def test_an_unseen_class_is_left_out_or_a_zero_as_in_the_code(block: int) -> Non
     assert loss.item() == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_a_masked_softmax_would_be_infinite_for_an_unseen_label() -> None:
-    """The page's remark on −∞."""
-    scores = torch.tensor([[1.0, -math.inf]])
-    assert F.cross_entropy(scores, torch.tensor([1])).item() == math.inf
-
-
-@pytest.mark.parametrize("block", [2, 3])
-def test_nothing_labeled_is_a_connected_zero(block: int) -> None:
-    feat = F.normalize(torch.randn(2, CHANNELS, 8, 8), dim=1).requires_grad_()
-    mean, covariance = torch.randn(NUM_CLASSES, CHANNELS), torch.rand(NUM_CLASSES, CHANNELS)
-    ignored = torch.full((2, 1, SIZE, SIZE), 255)
-    loss, _ = contrast(block, feat, ignored, mean, covariance)
-    assert loss.item() == 0
-    loss.backward()
-    assert feat.grad is not None
-    assert (feat.grad == 0).all()
-
-
-def test_where_the_prototypes_live() -> None:
-    """A child without parameters, in the checkpoint; its own wrapper leaves it unwrapped."""
-    uda = SePiCo(2)
-    assert any(name.startswith("feat_distributions.") for name in uda.state_dict())
-    assert not list(uda.feat_distributions.parameters())
-
-
-def test_several_layers_are_children_too() -> None:
+def test_prototypes_of_one_and_of_several_layers_are_children() -> None:
+    """In the checkpoint; without parameters, so that its own wrapper leaves them unwrapped."""
     page = (RECIPES / PAGE).read_text(encoding="utf-8")
     (line,) = re.findall(r"`(self\.feat_distributions = torch\.nn\.ModuleList.+?)`", page)
     uda = SePiCo(2)
+    assert any(name.startswith("feat_distributions.") for name in uda.state_dict())
+    assert not list(uda.feat_distributions.parameters())
     del uda.feat_distributions
     uda.calc_layers = [0, 2]
     line = line.replace("...", "self.num_classes, self.proj_dim")
@@ -413,27 +384,19 @@ def test_a_labeling_pass() -> None:
         "build_dataloader": build_dataloader,
         "datasets": [UDADataset(source, [{"img": x} for x in target])],
     }
-    teacher = copy.deepcopy(uda.ema_model)
-    for name, buffer in uda.model.named_buffers():
-        teacher.get_buffer(name).copy_(buffer)
-    teacher.eval()
+    teacher = evaluated(uda.ema_model, uda.model)
     with torch.no_grad():
         run_block(PAGE, 4, names)
         features = teacher.extract_auxiliary_feat(img)
         logits = teacher.decode_head(teacher.extract_feat(img))
-        small = np.stack([oracles.resize_nearest(y[0].numpy(), (8, 8)) for y in labels])
-        kept = oracles.keep_correct(small.reshape(-1), rows(logits), 255)
-        anchors = oracles.stream_anchors([(rows(features), kept)], NUM_CLASSES, CHANNELS)[0]
+        anchors = right_means([(features, logits, labels.squeeze(1))])
         anchors /= np.linalg.norm(anchors, axis=1, keepdims=True)
         assert np.isfinite(anchors).all(axis=1).sum() >= 2
         np.testing.assert_allclose(names["stage"].centroids.numpy(), anchors, rtol=1e-4, atol=1e-5)
         feat = rows(teacher.extract_auxiliary_feat(target[2:]))
     minimum = names["stage"].by_anchor.min_margin.tolist()
-    expected, margins = oracles.margin_labels(feat, anchors, minimum, False, 255)
-    clear = np.abs(margins[:, None] - np.asarray(minimum)).min(axis=1) > 1e-5
-    assert np.array_equal(flat(names["pseudo_labels"])[clear], expected[clear])
+    expected = assert_labels(names["pseudo_labels"], feat, anchors, minimum)
     active = expected != 255
-    assert 0 < active.sum() < active.size
     cosines = np.nan_to_num(feat @ anchors.T, nan=-2)
     assert np.array_equal(expected[active], cosines.argmax(axis=1)[active])
 
