@@ -41,3 +41,27 @@ def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def golden() -> Path:
     """Return the folder of golden numbers; see its README."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a source and a target of a few small synthetic images, for the trainer."""
+    from synthetic import write_synthetic_pair
+
+    root = tmp_path_factory.mktemp("pair")
+    return write_synthetic_pair(
+        root, seed=0, source_images=5, target_images=4, val_images=2, height=48
+    )
+
+
+@pytest.fixture
+def _without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the trainer's pictures out, which take longer than a tiny run."""
+    import train
+
+    def write_report(experiment: train.Experiment, *_: object) -> Path:
+        folder = experiment.run.settings.output / "report"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    monkeypatch.setattr(train, "write_report", write_report)

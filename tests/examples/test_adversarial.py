@@ -63,9 +63,9 @@ def test_telling_is_the_mean_of_both_domains() -> None:
 
 def test_each_moves_what_it_is_for() -> None:
     judge = discriminator()
-    source = torch.randn(2, 5, 64, 64, generator=torch.Generator().manual_seed(3))
+    source = torch.randn(2, 5, 32, 32, generator=torch.Generator().manual_seed(3))
     source[:, 0] += 3.0
-    target = torch.randn(2, 5, 64, 64, generator=torch.Generator().manual_seed(4))
+    target = torch.randn(2, 5, 32, 32, generator=torch.Generator().manual_seed(4))
     optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
     before = discrimination_loss(judge, source, target).item()
     for _ in range(20):

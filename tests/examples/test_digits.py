@@ -1,30 +1,14 @@
 """Digits: a gain over two references, a table of all seeds, every method, no digit in both."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "digits.py"
-
 pytest.importorskip("sklearn", reason="scikit-learn, of the examples extra, is not installed")
 
-
-@pytest.fixture(scope="module")
-def digits() -> ModuleType:
-    specification = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+import digits
 
 
-def test_anchors_beat_source_only_and_control(
-    digits: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_anchors_beat_source_only_and_control(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--method", "cag_uda", "t3a", "--seeds", "2", "--iterations", "200"]
     table = digits.main(flags)
     assert list(table) == ["source only", "control", "cag_uda", "t3a"]
@@ -40,13 +24,13 @@ def test_anchors_beat_source_only_and_control(
         assert line.split("   ")[-1].strip() == f"{percent.mean():.1f} ± {percent.std():.1f}"
 
 
-def test_every_method_runs_on_features_without_a_map(digits: ModuleType) -> None:
+def test_every_method_runs_on_features_without_a_map() -> None:
     table = digits.main(["--seeds", "1", "--iterations", "8", "--stages", "1"])
     assert list(table) == ["source only", *digits.METHODS, "t3a"]
     assert {"proda", "cpsl", "sepico", "diga", "shot"} <= set(table)
 
 
-def test_domains_share_no_digit(digits: ModuleType) -> None:
+def test_domains_share_no_digit() -> None:
     source, target = digits.load_domains(0.0, seed=3)
     assert abs(len(source.labels) - len(target.labels)) <= 1
     assert len(source.labels) + len(target.labels) == 1797
@@ -56,14 +40,14 @@ def test_domains_share_no_digit(digits: ModuleType) -> None:
     assert not torch.equal(source.labels, other.labels)
 
 
-def test_a_quarter_turn(digits: ModuleType) -> None:
+def test_a_quarter_turn() -> None:
     images = torch.rand(2, 1, 8, 8)
     turned = digits.turned(images, 90.0)
     rotations = [images.rot90(times, (2, 3)) for times in (1, 3)]
     assert any(torch.allclose(turned, rotated, atol=1e-5) for rotated in rotations)
 
 
-def test_a_stage_labels_half_of_the_target(digits: ModuleType) -> None:
+def test_a_stage_labels_half_of_the_target() -> None:
     """Of the target, training and labeling are given the images alone."""
     source, target = digits.load_domains(35.0, seed=0)
     torch.manual_seed(0)

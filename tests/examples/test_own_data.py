@@ -104,6 +104,7 @@ def test_a_target_without_labels(own: Path, tmp_path: Path) -> None:
     assert (report / "iou.txt").read_text().split()[-2:] == ["–", "–"]
 
 
+@pytest.mark.usefixtures("_without_report")
 def test_data_are_known_by_their_content(own: Path, finished: Path, tmp_path: Path) -> None:
     moved, output = tmp_path / "elsewhere", tmp_path / "run"
     shutil.copytree(own, moved)
@@ -121,6 +122,7 @@ def test_data_are_known_by_their_content(own: Path, finished: Path, tmp_path: Pa
         train.adapt(flags_of(tmp_path / "again", output, "--resume"))
 
 
+@pytest.mark.usefixtures("_without_report")
 def test_checkpoints_of_others_beside_those_of_a_run(
     own: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +139,7 @@ def test_checkpoints_of_others_beside_those_of_a_run(
         train.adapt(flags_of(own, output, "--resume"))
 
 
+@pytest.mark.usefixtures("_without_report")
 def test_bad_files_are_left_out_when_asked_for(own: Path, tmp_path: Path) -> None:
     shutil.copytree(own, tmp_path / "own")
     (tmp_path / "own" / "source" / "labels" / "field 1.png").write_bytes(b"")

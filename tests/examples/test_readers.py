@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -131,6 +132,23 @@ def cityscapes(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Layout(NamedTuple):
+    """A source of three pairs as one of the data sets lays it out."""
+
+    root: Path
+    read: Callable[..., list[Pair]]
+    images: Path
+    labels: Path
+
+
+@pytest.fixture(params=["gta5", "synthia"])
+def layout(request: pytest.FixtureRequest) -> Layout:
+    root = request.getfixturevalue(request.param)
+    if request.param == "gta5":
+        return Layout(root, gta5_pairs, root / "images", root / "labels")
+    return Layout(root, synthia_pairs, root / "RGB", root / "GT" / "LABELS")
+
+
 def _message(act: Callable[[], object]) -> str:
     with pytest.raises(DatasetError) as caught:
         act()
@@ -169,12 +187,16 @@ def test_hidden_files_of_archives_are_skipped(gta5: Path) -> None:
     assert len(gta5_pairs(gta5)) == 3
 
 
-def test_missing_folder_names_what_is_there_instead(gta5: Path) -> None:
-    (gta5 / "images").rename(gta5 / "pictures")
-    message = _message(lambda: gta5_pairs(gta5))
-    assert f"Expected the folder {gta5 / 'images'}" in message
-    assert "holds labels, pictures" in message
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_missing_folder_names_what_is_there_instead(layout: Layout, part: str) -> None:
+    folder: Path = getattr(layout, part)
+    folder.rename(folder.with_name("other"))
+    message = _message(lambda: layout.read(layout.root))
+    assert f"Expected the folder {folder}" in message
+    there = ", ".join(sorted(path.name for path in folder.parent.iterdir()))
+    assert f"{folder.parent.name} holds {there}" in message
     assert "Pass the folder that holds images/ and labels/" in message
+    assert "RGB/ and GT/LABELS/ (SYNTHIA)" in message
 
 
 def test_missing_root_names_its_parent(tmp_path: Path) -> None:
@@ -198,15 +220,12 @@ def test_validation_needs_labels(cityscapes: Path) -> None:
     assert "*_gtFine_labelIds.png" in message
 
 
-def _break(root: Path, layout: str) -> dict[Path, str]:
+def _break(layout: Layout) -> dict[Path, str]:
     """Spoil pairs in every way there is; what each file is to be blamed for."""
-    images, labels = root / "images", root / "labels"
-    if layout == "synthia":
-        images, labels = root / "RGB", root / "GT" / "LABELS"
-    label = next(iter(sorted(labels.iterdir()))).read_bytes()
+    label = min(layout.labels.iterdir()).read_bytes()
     blamed = {}
     for kind in range(8):
-        image_path, label_path = (part / f"bad{kind}.png" for part in (images, labels))
+        image_path, label_path = (part / f"bad{kind}.png" for part in layout[2:])
         _save(image_path, _pixels(20, 36))
         label_path.write_bytes(label)
         if kind == 0:
@@ -233,29 +252,22 @@ def _break(root: Path, layout: str) -> dict[Path, str]:
         else:
             image_path.write_bytes(image_path.read_bytes()[:-40])
             blamed[image_path] = "is not a readable image"
-            _save(label_path, _pixels(20, 36)[..., 0].astype(np.uint8)).rename(
-                label_path.with_suffix(".jpg")
-            )
+            label_path.unlink()
             Image.new("L", (36, 20)).save(label_path.with_suffix(".jpg"))
             blamed[label_path.with_suffix(".jpg")] = "got a JPEG"
     return blamed
 
 
-@pytest.mark.parametrize("layout", ["gta5", "synthia"])
-def test_all_bad_pairs_are_named_at_once_and_can_be_left_out(
-    layout: str, request: pytest.FixtureRequest
-) -> None:
-    root = request.getfixturevalue(layout)
-    read = {"gta5": gta5_pairs, "synthia": synthia_pairs}[layout]
-    good = read(root)
-    blamed = _break(root, layout)
-    message = _message(lambda: read(root))
+def test_all_bad_pairs_are_named_at_once_and_can_be_left_out(layout: Layout) -> None:
+    good = layout.read(layout.root)
+    blamed = _break(layout)
+    message = _message(lambda: layout.read(layout.root))
     for path, fault in blamed.items():
         assert re.search(f"{re.escape(str(path))}.*{re.escape(fault)}", message), (path, message)
     assert "8 of 11 pairs cannot be used" in message
     assert "--skip-bad" in message
     with pytest.warns(DatasetWarning, match="8 of 11 pairs are left out"):
-        assert read(root, skip_bad=True) == good
+        assert layout.read(layout.root, skip_bad=True) == good
 
 
 def test_target_images_that_are_bad_are_named_at_once(cityscapes: Path) -> None:
@@ -283,17 +295,12 @@ def test_labels_of_almost_the_size_of_their_images_are_scaled_to_them(gta5: Path
     assert labels[11:].eq(1).all()
 
 
-@pytest.mark.parametrize("layout", ["gta5", "synthia"])
-def test_files_that_were_derived_from_labels_are_left_alone(
-    layout: str, request: pytest.FixtureRequest
-) -> None:
-    root = request.getfixturevalue(layout)
-    read = {"gta5": gta5_pairs, "synthia": synthia_pairs}[layout]
-    pairs = read(root)
+def test_files_that_were_derived_from_labels_are_left_alone(layout: Layout) -> None:
+    pairs = layout.read(layout.root)
     for _, label in pairs:
         for ending in ("_labelTrainIds.png", "_color.PNG", ".instances.tif"):
             shutil.copy(label, label.with_name(label.stem + ending))
-    assert read(root) == pairs
+    assert layout.read(layout.root) == pairs
 
 
 def test_labels_of_other_names_are_said_once(gta5: Path) -> None:
@@ -660,13 +667,14 @@ def test_own_gray_labels_of_three_channels(own: Path) -> None:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def test_broken_pixels(gta5: Path) -> None:
-    path = gta5 / "images" / "00001.png"
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_broken_pixels(layout: Layout, part: str) -> None:
+    path = min(getattr(layout, part).iterdir())
     content = bytearray(path.read_bytes())
     start = content.index(b"IDAT") + 4
     content[start : start + 20] = bytes(20)
     path.write_bytes(content)
-    dataset = LabeledImages(gta5_pairs(gta5), WHOLE)
+    dataset = LabeledImages(layout.read(layout.root), WHOLE)
     assert f"{path} is not a readable image" in _message(lambda: dataset[0])
 
 
@@ -758,33 +766,6 @@ def test_every_16_bit_sample_is_read_whole(
     assert np.array_equal(channel, samples[..., 0])
 
 
-def test_synthia_labels_are_cropped_with_their_image(tmp_path: Path) -> None:
-    ids = np.arange(1, 13, dtype=np.uint16).repeat(10)[None].repeat(60, 0)
-    label = _save_synthia(tmp_path / "label.png", ids)
-    image = _save(tmp_path / "image.png", _pixels(60, 120))
-    dataset = LabeledImages([Pair(image, label)], ResizeAndCrop("height:60", (24, 32), flip=True))
-    train_id_of = torch.tensor([255, 10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17])
-    for seed in range(6):
-        torch.manual_seed(seed)
-        pixels, labels = dataset[0]
-        columns = (pixels[0] * 255).round().long()
-        assert torch.equal(labels, train_id_of[1 + columns // 10])
-
-
-def test_synthia_missing_label_folder(synthia: Path) -> None:
-    (synthia / "GT" / "LABELS").rename(synthia / "GT" / "IDS")
-    message = _message(lambda: synthia_pairs(synthia))
-    assert f"Expected the folder {synthia / 'GT' / 'LABELS'}" in message
-    assert "GT holds COLOR, IDS" in message
-    assert "RGB/ and GT/LABELS/ (SYNTHIA)" in message
-
-
-def test_gta5_folder_taken_for_synthia(gta5: Path) -> None:
-    message = _message(lambda: synthia_pairs(gta5))
-    assert f"Expected the folder {gta5 / 'RGB'}" in message
-    assert "holds images, labels" in message
-
-
 @pytest.mark.parametrize(("color", "mode"), [(True, "RGB"), (False, "L")])
 def test_synthia_label_of_8_bits(synthia: Path, color: bool, mode: str) -> None:
     pixels = _pixels(22, 34) if color else _raw(22, 34)
@@ -800,16 +781,6 @@ def test_synthia_label_taken_for_gta5(gta5: Path) -> None:
     message = _message(lambda: gta5_pairs(gta5))
     assert f"{path}: expected a grayscale or paletted image" in message
     assert "got mode RGB;16B" in message
-
-
-def test_synthia_broken_pixels(synthia: Path) -> None:
-    path = synthia / "GT" / "LABELS" / "0000000.png"
-    content = bytearray(path.read_bytes())
-    start = content.index(b"IDAT") + 4
-    content[start : start + 20] = bytes(20)
-    path.write_bytes(content)
-    dataset = LabeledImages(synthia_pairs(synthia), WHOLE)
-    assert f"{path} is not a readable image" in _message(lambda: dataset[0])
 
 
 def test_synthia_unknown_filter_type(synthia: Path) -> None:

@@ -12,6 +12,7 @@ from networks import build
 from torch import Tensor
 
 import anchorda
+from tests.test_released import Payload
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from networks.segformer import SegFormer, load_encoder, load_segformer
@@ -158,16 +159,6 @@ def test_a_size_without_a_name_is_described(tmp_path: Path) -> None:
         load_encoder(SegFormer(19), str(tmp_path))
 
 
-class _Malicious:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
-
-
 def test_a_pickled_file_is_read_but_never_run(encoder: Path, tmp_path: Path) -> None:
     shutil.copy(encoder / "config.json", tmp_path)
     state = load_file(encoder / "model.safetensors")
@@ -178,7 +169,9 @@ def test_a_pickled_file_is_read_but_never_run(encoder: Path, tmp_path: Path) -> 
     for name, value in network.encoder.state_dict().items():
         assert torch.equal(value, pickled.encoder.state_dict()[name]), name
 
-    torch.save(state | {"more": _Malicious(tmp_path / "made")}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        state | {"more": Payload(os.mkdir, str(tmp_path / "made"))}, tmp_path / "pytorch_model.bin"
+    )
     with pytest.raises(ValueError, match="cannot be loaded: Weights only load failed"):
         load_encoder(network, str(tmp_path))
     assert not (tmp_path / "made").exists()

@@ -1,29 +1,16 @@
 """The promises of the toy: better labels stage by stage, a better network, and a picture."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import toy_2d
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "toy_2d.py"
-
-
-@pytest.fixture(scope="module")
-def toy_2d() -> ModuleType:
-    specification = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_stages_make_the_network_better_on_the_target(
-    toy_2d: ModuleType, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "toy.png"
     arguments = ["--output", str(picture), "--stages", "2", "--seed", str(seed)]
@@ -42,7 +29,7 @@ def test_stages_make_the_network_better_on_the_target(
         assert len(image.convert("RGB").getcolors(2**24) or []) > 100  # something is drawn
 
 
-def test_target_is_the_source_turned(toy_2d: ModuleType) -> None:
+def test_target_is_the_source_turned() -> None:
     def draw(degrees: float) -> torch.Tensor:
         domain = toy_2d.draw_domain(9, degrees, torch.Generator().manual_seed(0))
         assert domain.labels.tolist() == [0, 1, 2] * 3
@@ -53,7 +40,7 @@ def test_target_is_the_source_turned(toy_2d: ModuleType) -> None:
     torch.testing.assert_close(draw(90.0), torch.stack([-y, x], dim=1))
 
 
-def test_a_stage_labels_half_of_the_target(toy_2d: ModuleType) -> None:
+def test_a_stage_labels_half_of_the_target() -> None:
     """Of the target it is given the points alone."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

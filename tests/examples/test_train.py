@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,21 +25,11 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-TRAIN = Path(train.__file__)
 UNKNOWN_TO_SYNTHIA = ("terrain", "truck", "train")
 TINY = [
     *("--resize", "height:32", "--crop", "32", "48", "--workers", "0"),
     *("--warmup-iterations", "3", "--stages", "2", "--stage-iterations", "2", "--device", "cpu"),
 ]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a source and a target of a few small images."""
-    root = tmp_path_factory.mktemp("pair")
-    return write_synthetic_pair(
-        root, seed=0, source_images=5, target_images=4, val_images=2, height=48
-    )
 
 
 def run(pair: tuple[Path, Path], output: Path, *flags: str) -> list[dict[str, object]]:
@@ -70,8 +59,19 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    events = run(pair, tmp_path / "run", "--baseline", "--warmup-iterations", "12")
+WARM_UP = ["--warmup-iterations", "12"]
+
+
+@pytest.fixture(scope="module")
+def whole(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of all phases."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    run(pair, output, "--baseline", *WARM_UP)
+    return output
+
+
+def test_a_run_leaves_all_that_a_person_expects(whole: Path) -> None:
+    events = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     evaluations = [e["phase"] for e in events if e["kind"] == "evaluation"]
     assert evaluations == ["source only", "warm-up", "stage 1", "stage 2"]
     losses = [(e["phase"], e["iteration"]) for e in events if e["kind"] == "losses"]
@@ -82,33 +82,26 @@ def test_a_run_leaves_all_that_a_person_expects(pair: tuple[Path, Path], tmp_pat
     ]
     labelers = [(e["phase"], e["labeler"]) for e in events if e["kind"] == "pseudo-labels"]
     assert labelers == [("stage 1", "probability"), ("stage 2", "probability")]
-    left = {path.relative_to(tmp_path / "run").as_posix() for path in tmp_path.rglob("*.*")}
+    left = {path.relative_to(whole).as_posix() for path in whole.rglob("*.*")}
+    pictures = ("margins", "panels", "curves", "anchor_distances", "label_quality")
     assert left >= {
-        "metrics.jsonl",
-        "checkpoints/source-only.pt",
-        "checkpoints/warm-up.pt",
-        "checkpoints/stage-1.pt",
-        "checkpoints/stage-2.pt",
-        "report/iou.txt",
-        "report/anchors.txt",
-        "report/margins.png",
-        "report/panels.png",
-        "report/curves.png",
-        "report/anchor_distances.png",
-        "report/label_quality.png",
+        *("metrics.jsonl", "report/iou.txt", "report/anchors.txt"),
+        *(f"checkpoints/{name}.pt" for name in ("source-only", "warm-up", "stage-1", "stage-2")),
+        *(f"report/{name}.png" for name in pictures),
     }
     assert not any(name.endswith(".tmp") for name in left)
-    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
     assert {"anchor distances", "report/panels", "report/margins"} < set(board.Tags()["images"])
-    anchors = (tmp_path / "run" / "report" / "anchors.txt").read_text()
+    anchors = (whole / "report" / "anchors.txt").read_text()
     assert [line for line in anchors.splitlines() if "stage" in line] == ["stage 1", "stage 2"]
     # A stage's labeler can be had back from its checkpoint alone.
-    parts = load_checkpoint(tmp_path / "run" / "checkpoints" / "stage-2.pt")
+    parts = load_checkpoint(whole / "checkpoints" / "stage-2.pt")
     stage = restore_stage(SmallSegmenter(NUM_CLASSES), parts["stored"]["stage"])
     assert stage.labeler(torch.rand(1, 3, 32, 48)).labels.shape == (1, 8, 12)
 
 
+@pytest.mark.usefixtures("_without_report")
 @pytest.mark.parametrize("labels", ["anchor", "agree", "rectify", "both"])
 def test_other_labels_without_mixing(labels: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     flags = ["--labels", labels, "--no-mix", "--distance-weight", "0.1"]
@@ -152,6 +145,7 @@ def test_half_of_the_classes_of_an_image_are_pasted() -> None:
     assert drawn == {0, 1, 2, 4}
 
 
+@pytest.mark.usefixtures("_without_report")
 def test_the_teacher_follows_the_trained_network(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for name, decay in (("frozen", "0"), ("moving", "0.5")):
         flags = ["--stages", "1", "--stage-iterations", "1", "--teacher", decay]
@@ -168,31 +162,30 @@ def test_the_teacher_follows_the_trained_network(pair: tuple[Path, Path], tmp_pa
                 torch.testing.assert_close(value.detach(), expected, msg=key)
 
 
+@pytest.mark.usefixtures("_without_report")
 def test_target_training_labels_do_not_reach_training(
-    pair: tuple[Path, Path], tmp_path: Path
+    whole: Path, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source, target = pair
     bare = tmp_path / "bare"
     shutil.copytree(target, bare)
     shutil.rmtree(bare / "gtFine" / "train")
-    run(pair, tmp_path / "with")
-    events = run((source, bare), tmp_path / "without")
+    events = run((source, bare), tmp_path / "without", *WARM_UP)
     assert not any(e["kind"] == "pseudo-labels" for e in events)
-    assert same(
-        network_of(tmp_path / "with", "stage-2"), network_of(tmp_path / "without", "stage-2")
-    )
+    assert same(network_of(whole, "stage-2"), network_of(tmp_path / "without", "stage-2"))
 
 
+@pytest.mark.usefixtures("_without_report")
 def test_same_seed_same_bits_also_from_a_warm_up_checkpoint(
-    pair: tuple[Path, Path], tmp_path: Path
+    pair: tuple[Path, Path], whole: Path, tmp_path: Path
 ) -> None:
-    run(pair, tmp_path / "whole", "--baseline", "--seed=3")
-    checkpoint = tmp_path / "whole" / "checkpoints" / "warm-up.pt"
-    run(pair, tmp_path / "rest", "--seed=3", "--warmup-checkpoint", str(checkpoint))
-    whole = network_of(tmp_path / "whole", "stage-2")
-    assert same(whole, network_of(tmp_path / "rest", "stage-2"))
-    run(pair, tmp_path / "other", "--seed=4")
-    assert not same(whole, network_of(tmp_path / "other", "stage-2"))
+    checkpoint = whole / "checkpoints" / "warm-up.pt"
+    run(pair, tmp_path / "rest", *WARM_UP, "--warmup-checkpoint", str(checkpoint))
+    adapted = network_of(whole, "stage-2")
+    assert same(adapted, network_of(tmp_path / "rest", "stage-2"))
+    flags = [*WARM_UP, "--seed=4", "--warmup-checkpoint", str(checkpoint)]
+    run(pair, tmp_path / "other", *flags)
+    assert not same(adapted, network_of(tmp_path / "other", "stage-2"))
 
 
 def test_a_warm_up_in_progress_is_none_to_start_from(
@@ -311,53 +304,52 @@ def test_presets_are_optimized_as_published(preset: str) -> None:
         assert rate * factor(iteration) == pytest.approx(expected, rel=1e-12)
 
 
-def broken_run(pair: tuple[Path, Path], source: Path, output: Path, *flags: str) -> str:
-    """Run the command line on a broken source and return what it says on standard error."""
-    command = [sys.executable, str(TRAIN), "--source", str(source), "--target", str(pair[1])]
-    finished = subprocess.run(
-        [*command, "--output", str(output), *TINY, *flags], capture_output=True, text=True
-    )
-    assert finished.returncode == 1
-    assert "Traceback" not in finished.stderr
-    return finished.stderr
+@pytest.fixture
+def broken(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(pair[0], tmp_path / "broken")
 
 
-def test_what_is_missing_is_said_before_training(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(pair[0], broken)
+def said_of(
+    monkeypatch: pytest.MonkeyPatch, source: Path, target: Path, output: Path, *flags: str
+) -> str:
+    """Return the message with which the command line stops."""
+    arguments = ["--source", str(source), "--target", str(target), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    return str(stopped.value)
+
+
+def test_what_is_missing_is_said_before_training(
+    broken: Path,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (broken / "labels" / "00002.png").unlink()
-    said = broken_run(pair, broken, tmp_path / "out")
-    assert "00002.png has no label" in said
-    assert "warm-up" not in said
+    assert "00002.png has no label" in said_of(monkeypatch, broken, pair[1], tmp_path / "out")
+    assert "warm-up" not in "".join(capsys.readouterr())
 
 
 def test_a_file_broken_inside_is_named_from_a_worker(
-    pair: tuple[Path, Path], tmp_path: Path
+    broken: Path, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(pair[0], broken)
     image = broken / "images" / "00003.png"
     content = bytearray(image.read_bytes())
     content[200:260] = bytes(60)
     image.write_bytes(bytes(content))
-    said = broken_run(pair, broken, tmp_path / "out", "--workers", "1")
-    last = said.strip().splitlines()[-1]
-    assert last.startswith(f"error: {image} is not a readable image")
+    said = said_of(monkeypatch, broken, pair[1], tmp_path / "out", "--workers", "1")
+    assert said.startswith(f"error: {image} is not a readable image")
 
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real images are not beside this repository")
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        ("gta5_sample", "cityscapes_sample"),
-        ("camvid_day_to_dusk/source", "camvid_day_to_dusk/target"),
-    ],
-)
-def test_real_images_in_their_true_formats(source: str, target: str, tmp_path: Path) -> None:
-    events = run((DATA / source, DATA / target), tmp_path / "run", "--stages", "1")
+def test_real_images_in_their_true_formats(tmp_path: Path) -> None:
+    pair = DATA / "gta5_sample", DATA / "cityscapes_sample"
+    events = run(pair, tmp_path / "run", "--stages", "1", "--max-iterations", "1")
     phases = [event["phase"] for event in events if event["kind"] == "evaluation"]
     assert phases == ["warm-up", "stage 1"]
     assert (tmp_path / "run" / "report" / "panels.png").exists()
