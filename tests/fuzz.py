@@ -99,6 +99,11 @@ class Draw:
         values = lay_out(values.to(self.one(*FLOATS)), self.one(*LAYOUTS))
         return values.requires_grad_() if self.often(0.3) and values.is_leaf else values
 
+    def probabilities(self, shape: Sequence[int], num_classes: int) -> Tensor:
+        """Return probabilities (N, C, *) of any dtype and layout."""
+        logits = self.features(shape, num_classes, scale=1.0).detach()
+        return logits.nan_to_num(0.0, 0.0, 0.0).softmax(1)
+
     def labels(self, shape: Sequence[int], num_classes: int) -> Tensor:
         """Return labels (N, *) of any integer dtype and layout, some of them ignored."""
         dtype = self.one(*INTEGERS)
@@ -824,10 +829,9 @@ def _(d: Draw) -> Steps:
 @target("anchor_consistency_loss", "AnchorConsistencyLoss")
 def _(d: Draw) -> Steps:
     (c, dim), shape = classes_and_dim(d, 2), d.shape()
-    teacher = d.features(shape, c, scale=1.0).detach().nan_to_num(0.0, 0.0, 0.0).softmax(1)
     a = yield {
         "features": d.features(shape, dim, scale=1.0),
-        "teacher_probabilities": teacher,
+        "teacher_probabilities": d.probabilities(shape, c),
         "anchors": d.anchors(c, dim, several=False) / d.scale,
         "similarity": d.choice("similarity"),
         "temperature": d.number(d.one(1.0, 4.0)),
@@ -977,10 +981,10 @@ def _(d: Draw) -> Steps:
 @target("rectify")
 def _(d: Draw) -> Steps:
     (c, _), shape = classes_and_dim(d, 2), d.shape()
-    both = [
-        d.features(shape, c, scale=1.0).detach().nan_to_num(0.0, 0.0, 0.0).softmax(1) for _ in "ab"
-    ]
-    a = yield {"probabilities": both[0], "assignments": both[1]}
+    a = yield {
+        "probabilities": d.probabilities(shape, c),
+        "assignments": d.probabilities(shape, c),
+    }
     result = anchorda.rectify(**a)
     yield
     p, w = x_of(a["probabilities"]), x_of(a["assignments"])
@@ -993,8 +997,10 @@ def _(d: Draw) -> Steps:
 @target("soft_class_sums")
 def _(d: Draw) -> Steps:
     (c, dim), shape = classes_and_dim(d, 2), d.shape()
-    soft = d.features(shape, c, scale=1.0).detach().nan_to_num(0.0, 0.0, 0.0).softmax(1)
-    a = yield {"features": d.features(shape, dim), "probabilities": soft}
+    a = yield {
+        "features": d.features(shape, dim),
+        "probabilities": d.probabilities(shape, c),
+    }
     result = anchorda.soft_class_sums(**a)
     yield
     x, p = x_of(a["features"]), x_of(a["probabilities"])

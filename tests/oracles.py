@@ -165,10 +165,7 @@ def stream_anchors(
 
 
 def distance(feature: Array, anchor: Array) -> float:
-    total = 0.0
-    for value, center in zip(feature, anchor, strict=True):
-        total += (value - center) ** 2
-    return math.sqrt(total)
+    return math.dist(feature, anchor)
 
 
 def anchor_distances(x: Array, a: Array) -> Array:

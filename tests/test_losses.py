@@ -332,29 +332,6 @@ def test_anchors_receive_no_gradient(loss: Loss) -> None:
     assert anchors.grad is None
 
 
-def test_differentiable_once() -> None:
-    features = torch.randn(2, 3, requires_grad=True)
-    loss = anchorda.anchor_distance_loss(features, torch.tensor([0, 1]), torch.zeros(2, 3))
-    (grad,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"pixel_losses_backward has no derivative.*differentiable once"
-    ):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0])}, {"label_smoothing": 0.1}],
-)
-def test_discriminative_loss_is_cross_entropy(options: dict[str, Any]) -> None:
-    problem = draw((2, 5, 3))
-    labels = problem.labels.clamp(0, 3)
-    expected = torch.nn.functional.cross_entropy(problem.logits, labels, **options)
-    torch.testing.assert_close(
-        anchorda.discriminative_loss(problem.logits, labels, **options), expected
-    )
-
-
 @pytest.mark.parametrize("options", DISTANCE_OPTIONS)
 def test_distance_module_is_its_function(options: dict[str, Any]) -> None:
     features, labels, _, anchors = draw((2, 5, 3))

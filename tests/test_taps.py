@@ -71,18 +71,13 @@ def test_output_and_input_are_the_modules_own(network: Network, images: Tensor) 
     assert whole.features is logits
 
 
-def test_features_are_readable_inside_too(network: Network, images: Tensor) -> None:
-    with FeatureTap(network.backbone) as tap:
-        network(images)
-        inside = tap.features
-    assert tap.features is inside
-
-
 def test_the_last_of_several_calls_counts(network: Network, images: Tensor) -> None:
     with FeatureTap(network.backbone) as tap:
         network(images)
         network(2 * images)
-    assert torch.equal(tap.features, network.backbone(2 * images))
+        inside = tap.features
+    assert tap.features is inside
+    assert torch.equal(inside, network.backbone(2 * images))
     network(3 * images)  # Outside: not seen.
     assert torch.equal(tap.features, network.backbone(2 * images))
 
@@ -125,13 +120,6 @@ def test_a_later_operation_in_place_shows(images: Tensor) -> None:
     assert tap.features.min() == 0
 
 
-def test_the_hook_is_removed(network: Network, images: Tensor) -> None:
-    with FeatureTap(network.backbone):
-        assert hooks(network) == 1
-        network(images)
-    assert hooks(network) == 0
-
-
 def test_after_an_exception_nothing_is_left(network: Network, images: Tensor) -> None:
     tap = FeatureTap(network.backbone)
 
@@ -165,6 +153,7 @@ def test_an_entered_tap_cannot_be_entered(network: Network, images: Tensor) -> N
         with pytest.raises(RuntimeError, match="Expected a tap that is not entered"), tap:
             pass
         assert hooks(network) == 1  # The outer one goes on.
+    assert hooks(network) == 0
     assert torch.equal(tap.features, network.backbone(images))
 
 
