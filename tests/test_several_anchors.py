@@ -196,8 +196,3 @@ def test_margin_limits() -> None:
     features = 3 * torch.randn(2000, 2)
     labels, margins = anchorda.AnchorPseudoLabeler()(features, anchors)
     assert (margins <= limits[labels] + TOLERANCE).all()
-
-
-def test_what_needs_one_anchor_of_each_class_says_so() -> None:
-    with pytest.raises(ValueError, match=r"Expected `anchors` of shape \(C, D\), one row for each"):
-        anchorda.anchor_health(torch.zeros(2, 1, 3), torch.tensor([1, 1]))

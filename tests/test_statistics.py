@@ -147,11 +147,6 @@ def test_soft_class_sums(shape: Sequence[int]) -> None:
     assert anchorda.all_reduce_class_sums(soft).counts.dtype == torch.float64
 
 
-def test_soft_class_sums_need_the_same_pixels() -> None:
-    with pytest.raises(ValueError, match=r"Expected `probabilities` of shape \(2, C, 5\) to match"):
-        anchorda.soft_class_sums(torch.ones(2, 3, 5), torch.ones(2, 4, 6))
-
-
 def moments(num_classes: int = 4, dim: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return features that are far from round, labels, class means and their shared covariance."""
     mixing = torch.randn(dim, dim, dtype=torch.float64)

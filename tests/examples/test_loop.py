@@ -54,6 +54,29 @@ def squared(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
     return {"square": Term(error.square().mean(), count), "size": Term(error.abs().mean(), count)}
 
 
+def changed_at(
+    iteration: int, change: Callable[[Line, Tensor], Tensor]
+) -> Callable[[nn.ModuleDict, Batch], Mapping[str, Term]]:
+    """Return losses of which one is changed at one iteration."""
+    calls = 0
+
+    def losses(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
+        nonlocal calls
+        calls += 1
+        terms, line = squared(networks, batch), networks["network"]
+        if calls == iteration:
+            assert isinstance(line, Line)
+            terms["size"] = Term(change(line, terms["size"].loss), terms["size"].amount)
+        return terms
+
+    return losses
+
+
+def lose_weight(line: Line, loss: Tensor) -> Tensor:
+    """Add a term that is finite when its gradient is not: the slope of its root is infinite."""
+    return loss + (line.weight - line.weight.detach()).sum().sqrt()
+
+
 def run_of(folder: Path, **changes: Any) -> Run:  # noqa: ANN401
     base = RunSettings(output=folder, device="cpu", workers=0, seed=3)
     return Run(dataclasses.replace(base, **changes), {})
@@ -135,17 +158,7 @@ def test_parts_of_a_batch_give_their_mean() -> None:
 def test_a_loss_that_is_not_finite_is_named_with_its_files(
     bad: int, value: float, tmp_path: Path
 ) -> None:
-    calls = 0
-
-    def losses(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
-        nonlocal calls
-        calls += 1
-        terms = squared(networks, batch)
-        if calls == bad:
-            terms["size"] = Term(terms["size"].loss * value, terms["size"].amount)
-        return terms
-
-    phase = phase_of(losses=losses)
+    phase = phase_of(losses=changed_at(bad, lambda line, loss: loss * value))
     with pytest.raises(FloatingPointError) as raised:
         trained(phase, run_of(tmp_path, checkpoint_every=5))
     said = str(raised.value)
@@ -156,33 +169,15 @@ def test_a_loss_that_is_not_finite_is_named_with_its_files(
     assert (0 if kept is None else kept["iteration"]) == (bad - 1) // 5 * 5
 
 
-def weight_is_lost_at(iteration: int) -> Callable[[nn.ModuleDict, Batch], Mapping[str, Term]]:
-    """Return losses that are finite when the gradient of one is not."""
-    calls = 0
-
-    def losses(networks: nn.ModuleDict, batch: Batch) -> dict[str, Term]:
-        nonlocal calls
-        calls += 1
-        terms = squared(networks, batch)
-        if calls == iteration:
-            line = networks["network"]
-            assert isinstance(line, Line)
-            zero = (line.weight - line.weight.detach()).sum().sqrt()  # whose slope is infinite
-            terms["size"] = Term(terms["size"].loss + zero, terms["size"].amount)
-        return terms
-
-    return losses
-
-
 def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path: Path) -> None:
     run = run_of(tmp_path, checkpoint_every=5)
     with pytest.raises(FloatingPointError, match=r"iteration 11: the loss term 'square' is inf"):
-        trained(phase_of(losses=weight_is_lost_at(10)), run)
+        trained(phase_of(losses=changed_at(10, lose_weight)), run)
     kept = run_of(tmp_path, resume=True).unfinished("stage 1")
     assert kept is not None
     assert kept["iteration"] == 5
     with pytest.raises(FloatingPointError, match="stage 1: the weights it ends with are not fin"):
-        trained(phase_of(losses=weight_is_lost_at(25)), run_of(tmp_path, checkpoint_every=5))
+        trained(phase_of(losses=changed_at(25, lose_weight)), run_of(tmp_path, checkpoint_every=5))
 
 
 def test_the_best_network_is_kept(tmp_path: Path) -> None:

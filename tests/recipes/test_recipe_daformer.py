@@ -128,6 +128,14 @@ def stop_dropout(teacher: nn.Module) -> None:
             module.training = False
 
 
+def weights_of(probability: Tensor, threshold: float) -> Tensor:
+    """Return the share of sure pixels everywhere, but 0 in the rows of sky and hood."""
+    weights = (probability >= threshold).float().mean() * torch.ones_like(probability)
+    weights[:, :SKY] = 0
+    weights[:, -HOOD:] = 0
+    return weights
+
+
 class Call(NamedTuple):
     """Output of the fusion layer of one of the models."""
 
@@ -192,9 +200,7 @@ class DACS(nn.Module):
         stop_dropout(self.ema_model)
         run_block(PAGE, 2, names, self.codebase.edits(3))
         probability, pseudo_label = torch.softmax(names["ema_logits"].detach(), dim=1).max(dim=1)
-        weight = (probability >= 0.4).float().mean() * torch.ones_like(probability)
-        weight[:, :SKY] = 0
-        weight[:, -HOOD:] = 0
+        weight = weights_of(probability, 0.4)
         names["pseudo_label"], names["pseudo_weight"] = pseudo_label, weight
         # Pixels of half of the source's classes over the target; of the source they weigh 1.
         mask = torch.isin(gt_semantic_seg, torch.arange(0, NUM_CLASSES, 2))

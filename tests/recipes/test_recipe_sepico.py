@@ -30,17 +30,19 @@ from tests.recipes.pages import (
     run_block,
 )
 from tests.recipes.test_recipe_daformer import (
+    HOOD,
+    SKY,
     Config,
     UDADataset,
     build_dataloader,
     draw_labels,
     stop_dropout,
     update_ema,
+    weights_of,
 )
 
 PAGE = "sepico.md"
 NUM_CLASSES, CHANNELS, SIZE, RATIO, TEMPERATURE = 6, 5, 32, 0.75, 0.1
-HOOD, SKY = 8, 3
 Metas = Sequence[dict[str, Any]]
 Statistics = tuple[Array, Array]
 
@@ -153,9 +155,7 @@ class SePiCo(nn.Module):
         softmax = self.ema_model.encode_decode(weak_target_img, target_img_metas).softmax(dim=1)
         probability, pseudo_label = softmax.max(dim=1)
         img, target_img = 0.8 * img + 0.1, 0.8 * target_img + 0.1  # The strong views.
-        pseudo_weight = (probability >= 0.3).float().mean() * torch.ones_like(probability)
-        pseudo_weight[:, :SKY] = 0
-        pseudo_weight[:, -HOOD:] = 0
+        pseudo_weight = weights_of(probability, 0.3)
         weak_gt_semantic_seg = gt_semantic_seg.clone().detach()
         ema_src_feat = self.ema_model.extract_auxiliary_feat(weak_img)
         names = self.names
