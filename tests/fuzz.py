@@ -665,23 +665,14 @@ def _(d: Draw) -> Steps:
     minimum, ignored = per_class(a["min_margin"], len(anchors)), integer(a["ignore_index"])
     relative = bool(a["relative"])
     tolerance = 2e-5 * (1.0 if relative else d.scale)
-    given = zip(flat(result.labels), result.scores.flatten().tolist(), strict=True)
-    for (label, score), distances in zip(given, distances_of(x, anchors), strict=True):
-        finite = sorted((d, k) for k, d in enumerate(distances) if math.isfinite(d))
-        if not finite:
-            expected, wanted = ignored, 0.0
-        else:
-            nearest, winner = finite[0]
-            second = finite[1][0] if len(finite) > 1 else math.inf
-            margin = second - nearest
-            wanted = margin
-            if relative:
-                wanted = 1.0 if second == math.inf else margin / second if second > 0 else 0.0
-            expected = winner if wanted > minimum[winner] else ignored
-            # Which is nearer, or whether the minimum is exceeded, may be a matter of rounding.
-            limits = [0.0, *minimum]
-            if any(abs(wanted - limit) <= 10 * tolerance for limit in limits) and margin < math.inf:
-                expected = label
+    distances = distances_of(x, anchors)
+    oracle = oracles.nearest_labels(distances, minimum, relative, ignored)
+    several = np.isfinite(distances).sum(axis=1) > 1
+    given = zip(flat(result.labels), result.scores.flatten(), *oracle, several, strict=True)
+    for label, score, expected, wanted, unsure in given:
+        # Which is nearer, or whether the minimum is exceeded, may be a matter of rounding.
+        if unsure and any(abs(wanted - limit) <= 10 * tolerance for limit in [0.0, *minimum]):
+            expected = label
         close(score, wanted, scale=max(10 * tolerance / 2e-5, 1e-6), tolerance=2e-4)
         same(label, expected)
 

@@ -182,8 +182,14 @@ def anchor_distances(x: Array, a: Array) -> Array:
 def margin_labels(
     x: Array, a: Array, min_margin: Sequence[float], relative: bool, ignore_index: int
 ) -> tuple[Labels, Array]:
-    labels, scores = np.full(len(x), ignore_index, np.int64), np.zeros(len(x))
-    for i, of_classes in enumerate(anchor_distances(x, a)):
+    return nearest_labels(anchor_distances(x, a), min_margin, relative, ignore_index)
+
+
+def nearest_labels(
+    distances: Array, min_margin: Sequence[float], relative: bool, ignore_index: int
+) -> tuple[Labels, Array]:
+    labels, scores = np.full(len(distances), ignore_index, np.int64), np.zeros(len(distances))
+    for i, of_classes in enumerate(distances):
         candidates = sorted((d, k) for k, d in enumerate(of_classes) if math.isfinite(d))
         if not candidates:
             continue

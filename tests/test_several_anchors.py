@@ -53,16 +53,10 @@ def test_distances_and_labels(shape: Sequence[int]) -> None:
     for relative in (False, True):
         labeler = anchorda.AnchorPseudoLabeler(0.3, relative=relative)
         labels, scores = labeler(features, anchors)
-        # As rows of distances to C points on C axes: the oracle's own ranking.
-        for i, (label, score) in enumerate(zip(flat(labels), scores.flatten(), strict=True)):
-            ranked = sorted((d, k) for k, d in enumerate(expected[i]) if math.isfinite(d))
-            if not ranked:
-                assert (label, score) == (255, 0)
-                continue
-            (first, k), (second, _) = ranked[:2]
-            margin = (second - first) / (second if relative else 1)
-            assert abs(score - margin) <= TOLERANCE
-            assert label == (k if margin > 0.3 else 255) or abs(margin - 0.3) < TOLERANCE
+        wanted, margins = oracles.nearest_labels(expected, [0.3] * CLASSES, relative, 255)
+        np.testing.assert_allclose(scores.flatten(), margins, rtol=0, atol=TOLERANCE)
+        unsure = np.abs(margins - 0.3) < TOLERANCE
+        np.testing.assert_array_equal(np.where(unsure, wanted, flat(labels)), wanted)
 
 
 @pytest.mark.parametrize(
