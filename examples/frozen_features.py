@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 from kornia.enhance import normalize
-from light_network import LightNetwork
 from torch import Tensor, nn
 
 import anchorda
 from image_folders import Batch, Domain, Predictor, open_data
+from light_network import LightNetwork
 
 
 def build_encoder(name: str, device: str) -> Predictor:

@@ -20,7 +20,6 @@ import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 import tyro
-from light_network import build_network
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,6 +28,7 @@ from tqdm import tqdm
 import anchorda
 import image_folders
 from image_folders import IGNORE, Batch, Data, DataError, Domain, open_data
+from light_network import build_network
 
 MARK = 256  # added to pseudo-labels, to tell them from pasted true labels
 DECAY = 0.98  # of moving averages of the weights

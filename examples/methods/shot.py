@@ -13,6 +13,7 @@ of the entropy of the mean prediction is one that maps need to be looked at for.
 
 import copy
 
+import steps  # noqa: F401 # finds the modules of the folder above
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad

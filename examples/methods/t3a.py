@@ -13,7 +13,6 @@ Not as in the paper, which classifies images: the supports are pixels.
 import sys
 from functools import partial
 
-import light_network
 import steps  # noqa: F401 # finds the modules of the folder above
 import torch
 import tyro
@@ -22,6 +21,7 @@ from torch.nn.functional import normalize
 
 import anchorda
 import image_folders
+import light_network
 import segmentation
 
 FILTER = 100  # M: supports of each class that count

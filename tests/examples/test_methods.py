@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,20 @@ def domain(images: int) -> Domain:
     colors = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]])[labels].movedim(-1, 1)
     labels[:, :4, :4] = 255
     return Domain((colors + noise).to(torch.uint8), labels.to(torch.uint8))
+
+
+def test_files_find_what_they_import_when_run_as_commands(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "examples" / "methods"
+    code = """
+import pathlib, runpy, sys
+paths = [sys.argv[1], *sys.path]
+for file in sorted(pathlib.Path(sys.argv[1]).glob("*.py")):
+    sys.path[:] = paths
+    for name in ("image_folders", "light_network", "segmentation", "steps"):
+        sys.modules.pop(name, None)
+    runpy.run_path(str(file))
+"""
+    subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=tmp_path)
 
 
 @pytest.fixture
