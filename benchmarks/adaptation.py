@@ -45,7 +45,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from folders import write_folders
-from light_network import build_network
 from matplotlib.figure import Figure
 from own_images import lay_out
 from seeds import markdown, score_cells
@@ -53,6 +52,7 @@ from torch import Tensor, nn
 
 import anchorda
 from image_folders import Batch, Data, open_data, save
+from light_network import build_network
 from segmentation import (
     DECAY,
     SURE,

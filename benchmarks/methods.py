@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "synthetic"))
 
 import torch
 from folders import write_folders
-from light_network import build_network
 from seeds import markdown, score_cells
 from t3a import AdjustedClassifier
 from torch import nn
 
 from image_folders import Data, open_data, save
+from light_network import build_network
 from segmentation import (
     BeginStage,
     Options,

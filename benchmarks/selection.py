@@ -46,7 +46,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "synthetic"))
 import shot
 import torch
 from folders import write_folders
-from light_network import build_network
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from own_images import lay_out
@@ -56,6 +55,7 @@ from torch import Tensor, nn
 
 import anchorda
 from image_folders import Data, Domain, open_data, save
+from light_network import build_network
 from segmentation import (
     BeginStage,
     Options,

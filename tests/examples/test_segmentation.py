@@ -15,9 +15,8 @@ from torch import Tensor
 
 pytest.importorskip("kornia", reason="the examples extra is not installed")
 
-import light_network
-
 import image_folders
+import light_network
 import segmentation
 from image_folders import Data, DataError, Domain, read_classes, read_domain
 from segmentation import Options
