@@ -98,15 +98,6 @@ def record(report: Report, name: str, state: nn.Module) -> None:
     report |= {f"{name} {key}": value.clone() for key, value in state.state_dict().items()}
 
 
-def soft_sums_of(batches: list[Batch]) -> ClassSums:
-    sums, counts = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for features, _ in batches:
-        part = anchorda.soft_class_sums(features, features.softmax(dim=1))
-        sums += part.sums
-        counts += part.counts
-    return ClassSums(sums, counts)
-
-
 def staged(batches: list[Batch]) -> StageLabeler:
     """Return a stage whose network passes the images on as features."""
     torch.manual_seed(0)
@@ -121,13 +112,15 @@ def staged(batches: list[Batch]) -> StageLabeler:
     )
 
 
-def sums_of(batches: list[Batch]) -> ClassSums:
-    sums, counts = torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+def sums_of(batches: list[Batch], *, soft: bool = False) -> ClassSums:
+    """Return the class sums of these batches, or those of the softmax of their features."""
+    classes, dtype = (3, torch.float64) if soft else (5, torch.int64)
+    total = ClassSums(torch.zeros(classes, 3).double(), torch.zeros(classes, dtype=dtype))
     for features, labels in batches:
-        part = anchorda.class_sums(features, labels, 5)
-        sums += part.sums
-        counts += part.counts
-    return ClassSums(sums, counts)
+        hard = anchorda.class_sums(features, labels, 5)
+        part = anchorda.soft_class_sums(features, features.softmax(dim=1)) if soft else hard
+        total = ClassSums(total.sums + part.sums, total.counts + part.counts)
+    return total
 
 
 def disagreeing(odd: bool) -> dict[str, Callable[[], None]]:
@@ -247,7 +240,7 @@ def _report_share(report: Report, rank: int, world: int, share: str) -> None:
         report[f"{share} clusters counts {number}"] = clusters.counts.clone()
         clusters.step()
     report[f"{share} clusters"] = clusters.compute().nan_to_num(-99.0)
-    soft = soft_sums_of(stream)
+    soft = sums_of(stream, soft=True)
     report[f"{share} soft sums"], report[f"{share} soft counts"] = all_reduce_class_sums(soft)
     report[f"{share} stage"] = staged(stream).centroids
 
@@ -459,7 +452,7 @@ def test_clusters_and_soft_sums_are_those_of_one_process(reports: list[Report], 
         assert torch.equal(reports[0][f"{share} clusters counts {number}"].sum(dim=1), counts)
     found = reports[0][f"{share} clusters"]
     assert ((found != -99).all(dim=2).any(dim=1) == (counts > 0)).all()
-    for name, expected in zip(("sums", "counts"), soft_sums_of(stream), strict=True):
+    for name, expected in zip(("sums", "counts"), sums_of(stream, soft=True), strict=True):
         actual = reports[0][f"{share} soft {name}"]
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=1e-13)
 

@@ -1,5 +1,6 @@
 """The losses and their gradients."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -97,41 +98,42 @@ def gradient(loss: Tensor, of: Tensor) -> Tensor:
     return grad
 
 
-def assert_losses(features: Tensor, labels: Tensor, anchors: Tensor, logits: Tensor) -> None:
+def assert_losses(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    logits: Tensor,
+    pixel_weights: Tensor | None = None,
+) -> None:
     """Every loss with every option against its oracle."""
     x, y, a, z = rows(features), flat(labels), anchors.double().numpy(), rows(logits)
+    w = None if pixel_weights is None else pixel_weights.double().flatten().numpy()
     weight = [0.5, 0.0, 2.0, 1.0, 3.0][: logits.shape[1]]
     pairs = [
         (
-            anchorda.anchor_distance_loss(features, labels, anchors, **options),
-            oracles.distance_loss(x, y, a, options["distance"], options["average"]),
+            anchorda.anchor_distance_loss(
+                features, labels, anchors, pixel_weights=pixel_weights, **options
+            ),
+            oracles.distance_loss(x, y, a, options["distance"], options["average"], w),
         )
         for options in DISTANCE_OPTIONS
     ]
     for kind in get_args(Similarity):
-        temperature = 0.3 if kind == "euclidean" else 1.7
-        pairs += [
-            (
-                anchorda.anchor_contrastive_loss(
-                    features, labels, anchors, similarity=kind, temperature=temperature
-                ),
-                oracles.contrastive_loss(x, y, a, temperature, kind=kind),
-            )
-        ]
+        options = {"similarity": kind, "temperature": 0.3 if kind == "euclidean" else 1.7}
+        loss = anchorda.anchor_contrastive_loss(
+            features, labels, anchors, pixel_weights=pixel_weights, **options
+        )
+        pairs += [(loss, oracles.contrastive_loss(x, y, a, options["temperature"], w, kind))]
     # Cross-entropy needs two classes.
-    for smoothing in (0.0, 0.2) if len(weight) > 1 else ():
-        pairs += [
-            (
-                anchorda.discriminative_loss(logits, labels, label_smoothing=smoothing),
-                oracles.cross_entropy(z, y, [1.0] * len(weight), smoothing),
-            ),
-            (
-                anchorda.discriminative_loss(
-                    logits, labels, weight=torch.tensor(weight), label_smoothing=smoothing
-                ),
-                oracles.cross_entropy(z, y, weight, smoothing),
-            ),
-        ]
+    for smoothing, of_class in itertools.product((0.0, 0.2), ([1.0] * len(weight), weight)):
+        if len(weight) > 1:
+            loss = anchorda.discriminative_loss(
+                *(logits, labels),
+                weight=None if of_class is not weight else torch.tensor(weight),
+                label_smoothing=smoothing,
+                pixel_weights=pixel_weights,
+            )
+            pairs += [(loss, oracles.cross_entropy(z, y, of_class, smoothing, w))]
     expected_dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     for loss, expected in pairs:
         assert loss.dtype == expected_dtype
@@ -454,33 +456,7 @@ def test_distance_to_another_map_at_zero_has_no_gradient() -> None:
 def test_pixel_weights(shape: Sequence[int]) -> None:
     features, labels, logits, anchors = draw(shape)
     anchors[1] = NAN
-    weights = torch.rand(*shape)
-    x, y, a, z = rows(features), flat(labels), anchors.double().numpy(), rows(logits)
-    w = weights.double().flatten().numpy()
-    pairs = [
-        (
-            anchorda.anchor_distance_loss(
-                features, labels, anchors, pixel_weights=weights, **options
-            ),
-            oracles.distance_loss(x, y, a, options["distance"], options["average"], w),
-        )
-        for options in DISTANCE_OPTIONS
-    ]
-    of_classes = [0.5, 0.0, 2.0, 1.0]
-    pairs += [
-        (
-            anchorda.anchor_contrastive_loss(features, labels, anchors, pixel_weights=weights),
-            oracles.contrastive_loss(x, y, a, 1.0, w),
-        ),
-        (
-            anchorda.discriminative_loss(
-                logits, labels, weight=torch.tensor(of_classes), pixel_weights=weights
-            ),
-            oracles.cross_entropy(z, y, of_classes, 0.0, w),
-        ),
-    ]
-    for loss, expected in pairs:
-        np.testing.assert_allclose(loss.item(), expected, rtol=RELATIVE_TOLERANCE, atol=1e-7)
+    assert_losses(features, labels, anchors, logits, torch.rand(*shape))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

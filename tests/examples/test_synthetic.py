@@ -28,14 +28,9 @@ from image_folders import open_data, read_classes
 
 def _write(root: Path, seed: int = 0, *, source_format: SourceFormat = "gta5") -> tuple[Path, Path]:
     return write_synthetic_pair(
-        root,
-        seed=seed,
-        source_images=3,
-        target_images=2,
-        val_images=2,
-        height=48,
+        root, seed=seed, source_images=3, target_images=2, val_images=2, height=48,
         source_format=source_format,
-    )
+    )  # fmt: skip
 
 
 def _header(path: Path) -> tuple[str, tuple[int, int]]:
