@@ -11,18 +11,7 @@ from torch import Tensor
 
 import anchorda
 from tests import oracles
-from tests.oracles import (
-    BLOCKS,
-    FLOATS,
-    INTEGERS,
-    LAYOUTS,
-    SHAPES,
-    draw,
-    flat,
-    lay_out,
-    pairwise,
-    rows,
-)
+from tests.oracles import BLOCKS, FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 
 # Inputs hold at most 24 bits, and products with 0 and 1 are exact: only float64 sums are rounded.
 # Measured: 1e-15 for class sums; 6e-8, one rounding to float32, for image centroids.
@@ -60,7 +49,7 @@ def assert_image_centroids(
 
 @pytest.mark.parametrize(
     ("shape", "block_elements", "size"),
-    pairwise(SHAPES, BLOCKS, [(3, 4), (1, 1), (5, 2)]),
+    oracles.pairwise(SHAPES, BLOCKS, [(3, 4), (1, 1), (5, 2)]),
     indirect=["block_elements"],
 )
 def test_sums_and_centroids_of_any_shape(
@@ -173,7 +162,7 @@ def test_image_centroids_of_nothing_are_connected() -> None:
     assert not features.grad.any()
 
 
-@pytest.mark.parametrize(("shape", "layout", "dtype"), pairwise(SHAPES, LAYOUTS, FLOATS))
+@pytest.mark.parametrize(("shape", "layout", "dtype"), oracles.pairwise(SHAPES, LAYOUTS, FLOATS))
 def test_keep_correct(shape: Sequence[int], layout: str, dtype: torch.dtype) -> None:
     problem = draw(shape, dtype=dtype)
     logits, labels = lay_out(problem.logits, layout), lay_out(problem.labels, layout)
@@ -220,7 +209,7 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "options", "layout"), pairwise(RESIZES, MODES, LAYOUTS))
+@pytest.mark.parametrize(("sizes", "options", "layout"), oracles.pairwise(RESIZES, MODES, LAYOUTS))
 def test_resize_labels(
     sizes: tuple[Sequence[int], Sequence[int]], options: dict[str, Any], layout: str
 ) -> None:

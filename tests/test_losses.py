@@ -14,18 +14,7 @@ import anchorda
 from anchorda._similarity import Similarity
 from anchorda.losses import Average, Distance
 from tests import oracles
-from tests.oracles import (
-    BLOCKS,
-    FLOATS,
-    INTEGERS,
-    LAYOUTS,
-    SHAPES,
-    draw,
-    flat,
-    lay_out,
-    pairwise,
-    rows,
-)
+from tests.oracles import BLOCKS, FLOATS, INTEGERS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 
 # Measured: 1.7e-7 relative, a few roundings to float32.
 RELATIVE_TOLERANCE = 2e-6
@@ -143,7 +132,7 @@ def assert_losses(
 
 @pytest.mark.parametrize(
     ("shape", "block_elements", "size"),
-    pairwise(SHAPES, BLOCKS, [(3, 4), (1, 1), (6, 2)]),
+    oracles.pairwise(SHAPES, BLOCKS, [(3, 4), (1, 1), (6, 2)]),
     indirect=["block_elements"],
 )
 def test_any_shape(shape: Sequence[int], block_elements: int, size: tuple[int, int]) -> None:
@@ -188,7 +177,7 @@ def test_unseen_class_contributes_nothing(unseen: list[int], marker: float) -> N
 
 @pytest.mark.parametrize(
     ("loss", "layout", "block_elements"),
-    pairwise(LOSSES, LAYOUTS, BLOCKS),
+    oracles.pairwise(LOSSES, LAYOUTS, BLOCKS),
     indirect=["block_elements"],
 )
 def test_gradient_in_float64(loss: Loss, layout: str, block_elements: int) -> None:
@@ -233,7 +222,7 @@ def test_gradient_of_the_contrastive_loss_at_an_anchor_is_that_of_the_others() -
 
 @pytest.mark.parametrize(
     ("loss", "shape", "label"),
-    pairwise(LOSSES, [(4,), (2, 3, 2), (0,), (2, 0, 3)], [-1, 255, 2]),
+    oracles.pairwise(LOSSES, [(4,), (2, 3, 2), (0,), (2, 0, 3)], [-1, 255, 2]),
 )
 def test_nothing_active_is_a_zero_that_is_connected(
     loss: Loss, shape: Sequence[int], label: int
@@ -263,7 +252,7 @@ def test_classes_without_weight_are_nothing_to_average() -> None:
 
 @pytest.mark.parametrize(
     ("loss", "block_elements", "value"),
-    pairwise(LOSSES, BLOCKS, [NAN, INF, -INF]),
+    oracles.pairwise(LOSSES, BLOCKS, [NAN, INF, -INF]),
     indirect=["block_elements"],
 )
 def test_not_finite_propagates_where_active_and_never_where_ignored(
@@ -296,7 +285,7 @@ def test_not_finite_propagates_where_active_and_never_where_ignored(
 
 
 @pytest.mark.parametrize(
-    ("loss", "layout", "dtype"), pairwise(LOSSES, LAYOUTS, [torch.bfloat16, torch.float16])
+    ("loss", "layout", "dtype"), oracles.pairwise(LOSSES, LAYOUTS, [torch.bfloat16, torch.float16])
 )
 def test_half_precision_gives_the_answer_of_the_same_rounded_float32(
     loss: Loss, layout: str, dtype: torch.dtype

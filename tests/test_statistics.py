@@ -13,12 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 import anchorda
-from anchorda import (
-    ClassVariances,
-    WithinClassCovariance,
-    linear_discriminant,
-    whitening_matrix,
-)
+from anchorda import ClassVariances, WithinClassCovariance, linear_discriminant, whitening_matrix
 from tests import oracles
 from tests.oracles import FLOATS, LAYOUTS, SHAPES, draw, flat, lay_out, rows
 

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 import anchorda
 from tests import oracles
 from tests.oracles import Array, rows
-from tests.recipes.pages import (
-    RECIPES,
-    assert_labels,
-    evaluated,
-    majority,
-    right_means,
-    run_block,
-)
+from tests.recipes.pages import RECIPES, assert_labels, evaluated, majority, right_means, run_block
 
 PAGE = "daformer.md"
 NUM_CLASSES, CHANNELS, SIZE = 6, 5, 32

@@ -21,14 +21,7 @@ from torch import Tensor, nn
 import anchorda
 from tests import oracles
 from tests.oracles import Array, Labels, rows
-from tests.recipes.pages import (
-    RECIPES,
-    assert_labels,
-    evaluated,
-    majority,
-    right_means,
-    run_block,
-)
+from tests.recipes.pages import RECIPES, assert_labels, evaluated, majority, right_means, run_block
 from tests.recipes.test_recipe_daformer import (
     HOOD,
     SKY,
