@@ -26,8 +26,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 test: lint types unit docs dist
 
-# The numbers of the papers' code, and the core of the library.
-FAST := $(patsubst %,tests/test_%.py,words public_api golden anchors category_anchors pseudo_labels evaluation)
+# The numbers of the papers' code, the core of the library, and what a new public name needs.
+FAST := $(patsubst %,tests/test_%.py,words public_api golden anchors category_anchors pseudo_labels evaluation) \
+	tests/test_package.py::test_public_name_is_documented \
+	tests/test_checks.py::test_the_guide_has_an_example_of_every_error \
+	tests/test_downstream.py::test_it_uses_every_public_name
 check: $(VENV)/installed
 	$(BIN)/ruff format
 	$(BIN)/ruff format --line-length 76 docs/*.md
