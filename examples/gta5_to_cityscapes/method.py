@@ -30,6 +30,8 @@ from torch.utils.data import Subset
 
 import anchorda
 
+SURE = 0.968  # probability of a sure label (arXiv 2007.08702)
+
 
 @dataclass(frozen=True)
 class StageSettings:
@@ -61,6 +63,10 @@ class StageSettings:
     """Minimum probability of the classifier's labels."""
     distance_weight: Weight = 0.0
     """Weight of the distance loss; 0 leaves it out."""
+
+    def weighs_labels(self) -> bool:
+        """Return whether all pixels are labeled: the labels then weigh as much as part is sure."""
+        return self.labels in ("probability", "agree", "rectify") and self.probability == 0
 
     def check(self) -> None:
         """Raise a ValueError that names the flags which do not fit together."""
@@ -180,12 +186,23 @@ def margin_rules(text: str) -> list[tuple[str, float]]:
 # ------------------------------------------------------------------------------------------ labels
 
 
-def label_target(stage: Stage, images: Tensor, kinds: str) -> dict[str, Tensor]:
-    """Return the pseudo-label maps of target images, by `--labels`; the paper's are two."""
+class Labeled(NamedTuple):
+    """Pseudo-labels of target images."""
+
+    maps: dict[str, Tensor]
+    """Label maps by labeler; the paper's are two."""
+    sure: Tensor
+    """(): the part of the pixels of whose class the network is sure."""
+
+
+def label_target(stage: Stage, images: Tensor, kinds: str) -> Labeled:
+    """Label target images, by `--labels`."""
     labels, by_anchor, by_probability = stage.labeler(images)
+    sure = (by_probability.scores > SURE).float().mean()
     if kinds == "both":
-        return {"anchor": by_anchor.labels, "probability": by_probability.labels}
-    return {kinds: labels}
+        maps = {"anchor": by_anchor.labels, "probability": by_probability.labels}
+        return Labeled(maps, sure)
+    return Labeled({kinds: labels}, sure)
 
 
 def labeled_shares(stage: Stage, data: Data, kinds: str) -> dict[str, float]:
@@ -195,7 +212,7 @@ def labeled_shares(stage: Stage, data: Data, kinds: str) -> dict[str, float]:
     names = ("anchor", "probability") if kinds == "both" else (kinds,)
     counts = torch.zeros(len(names) + 1, device=data.loading.device)
     for images in each_once(some, "labeled pixels", data.loading):
-        maps = label_target(stage, images, kinds)
+        maps = label_target(stage, images, kinds).maps
         counts[0] += maps[names[0]].numel()
         for index, name in enumerate(names, start=1):
             counts[index] += maps[name].ne(IGNORE).sum()
@@ -212,9 +229,9 @@ class Mixed(NamedTuple):
     images: Tensor
     pseudo: dict[str, Tensor]
     """Label maps by labeler; those of the pasted pixels are the source's."""
-    weights: Tensor | None
-    """The class weights of the pasted pixels, and 1 elsewhere: on pseudo-labels, class weights
-    would multiply the mistakes in rare classes, which are many."""
+    of_source: Tensor
+    """(N, H, W): the weights of pasted pixels, by their class, and 0 elsewhere: on pseudo-labels,
+    class weights would multiply the mistakes in rare classes, which are many."""
 
 
 def mix(
@@ -231,10 +248,9 @@ def mix(
     size = next(iter(pseudo.values())).shape[1:]
     small, pasted = (anchorda.resize_labels(x, size) for x in (labels, pasted.long()))
     maps = {kind: torch.where(pasted == 1, small, guess) for kind, guess in pseudo.items()}
-    if class_weight is None:
-        return Mixed(images, maps, None)
-    weights = F.pad(class_weight, (0, 256 - num_classes))[small]
-    return Mixed(images, maps, torch.where(pasted == 1, weights, 1.0))
+    of_class = source.new_ones(num_classes) if class_weight is None else class_weight
+    of_source = F.pad(of_class, (0, 256 - num_classes))[small]
+    return Mixed(images, maps, torch.where(pasted == 1, of_source, 0.0))
 
 
 def half_of_classes(labels: Tensor, num_classes: int) -> Tensor:
@@ -255,11 +271,15 @@ def stage_losses(
 ) -> dict[str, Term]:
     """Classify both domains, and pull them to the anchors of their (pseudo-)labels if asked to."""
     source, labels, target = batch
-    pseudo, weights = label_target(stage, target, settings.labels), None
+    pseudo, sure = label_target(stage, target, settings.labels)
+    weights = (sure if settings.weighs_labels() else torch.ones_like(sure)).expand(
+        next(iter(pseudo.values())).shape
+    )
     if settings.mix:
-        target, pseudo, weights = mix(
+        target, pseudo, of_source = mix(
             source, labels, target, pseudo, data.class_weight, len(data.classes)
         )
+        weights = torch.where(of_source > 0, of_source, weights)
     network, centroids, pull = (
         networks["network"],
         stage.labeler.centroids,

@@ -101,7 +101,7 @@ def label_quality(stage: Stage, data: Data, kinds: str) -> dict[str, anchorda.Ps
     device = data.loading.device
     quality = {name: anchorda.PseudoLabelQuality(len(data.classes)).to(device) for name in names}
     for images, labels in each_once(data.analysis, "label quality", data.loading):
-        for kind, guess in label_target(stage, images, kinds).items():
+        for kind, guess in label_target(stage, images, kinds).maps.items():
             truth = anchorda.resize_labels(labels, guess.shape[1:])
             quality[kind].update(guess, truth)
     for of_kind in quality.values():

@@ -302,7 +302,7 @@ def draw_panels(networks: Mapping[str, Segmenter], stage: Stage, data: Data, kin
         size = truth[0].shape if truth else image.shape[1:]
         batch = image[None].to(data.loading.device)
         predictions = [predict(network, batch, size)[0] for network in networks.values()]
-        maps = [*label_target(stage, batch, kinds).values()]
+        maps = [*label_target(stage, batch, kinds).maps.values()]
         pseudo = anchorda.combine_pseudo_labels(maps[0], maps[-1], "union")[0]
         rows.append((image, [*truth, *predictions, pseudo]))
     titles = ["image", *(["truth"] if scored else []), *networks, "last pseudo-labels"]

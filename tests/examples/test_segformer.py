@@ -219,8 +219,10 @@ def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name)
     )
-    with pytest.raises(ValueError, match=r'pip install "\.\[segformer\]"'):
-        build.build_network("segformer-b0")
+    settings = build.NetworkSettings(network="segformer-b0")
+    for begin in (settings.check, lambda: build.build_network("segformer-b0")):
+        with pytest.raises(ValueError, match=r'pip install "\.\[segformer\]"'):
+            begin()
 
 
 def test_unknown_names_are_named() -> None:

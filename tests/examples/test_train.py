@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import method
 import pytest
 import torch
 import train
@@ -139,10 +140,30 @@ def test_half_of_the_classes_of_an_image_are_pasted() -> None:
         assert (pasted[0] == torch.isin(labels[0], torch.tensor(first))).all()
         assert second == 5 * [3]
         assert torch.equal(mixed.pseudo["probability"], torch.where(pasted, labels, 1))
-        assert mixed.weights is not None
-        assert torch.equal(mixed.weights, torch.where(pasted, weight[labels.clamp(max=4)], 1.0))
+        of_class = torch.where(labels == IGNORE, 0.0, weight[labels.clamp(max=4)])
+        assert torch.equal(mixed.of_source, torch.where(pasted, of_class, 0.0))
         drawn |= {*first}
     assert drawn == {0, 1, 2, 4}
+
+
+@pytest.mark.usefixtures("_without_report")
+@pytest.mark.parametrize(
+    ("flags", "weighed"),
+    [((), True), (("--labels", "agree"), True), (("--probability", "0.01"), False)],
+)
+def test_labels_of_every_pixel_weigh_as_much_as_part_of_them_is_sure(
+    flags: tuple[str, ...],
+    weighed: bool,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(method, "SURE", 2.0)  # no pixel is
+    events = run(pair, tmp_path / "run", "--no-mix", "--stages", "1", *flags)
+    terms = [e["terms"] for e in events if e["kind"] == "losses" and e["phase"] == "stage 1"]
+    assert isinstance(terms[0], dict)
+    (of_labels,) = (value for name, value in terms[0].items() if name.endswith("labels"))
+    assert (of_labels == 0) == weighed
 
 
 @pytest.mark.usefixtures("_without_report")

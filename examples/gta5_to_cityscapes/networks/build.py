@@ -52,6 +52,7 @@ class NetworkSettings:
                     raise ValueError(f"there is no file of weights {path}")
         if self.backbone and self.weights:
             raise ValueError("--weights are of a whole network, its backbone included: give one")
+        _require_package(self.network)
 
 
 def new_network(
@@ -87,21 +88,23 @@ def build_network(name: str, num_classes: int = NUM_CLASSES) -> Segmenter:
     if name.startswith("deeplab"):
         return DeepLab(num_classes, depth=int(name.removeprefix("deeplab")))
     # Imported here: not everybody has these packages, and transformers takes seconds to import.
+    _require_package(name)
     if name == "light":
-        _require(name, "efficientnet_lite_pytorch", "examples")
         from networks.light import LightSegmenter
 
         return LightSegmenter(num_classes)
-    _require(name, "transformers", "segformer")
     from networks.segformer import SegFormer
 
     return SegFormer(num_classes, size=name.removeprefix("segformer-"))
 
 
-def _require(network: str, package: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def _require_package(network: str) -> None:
+    needed = {"light": "efficientnet_lite_pytorch", "segformer": "transformers"}
+    kind = network.partition("-")[0]
+    if kind in needed and importlib.util.find_spec(needed[kind]) is None:
+        extra = "segformer" if kind == "segformer" else "examples"
         raise ValueError(
-            f"The network {network} needs the package {package}, which is not installed. "
+            f"The network {network} needs the package {needed[kind]}, which is not installed. "
             f'Install it with: pip install ".[{extra}]"'
         )
 
