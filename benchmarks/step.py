@@ -1,6 +1,6 @@
 """One step of a stage of the example, with anchorda's blocks and with the same written by hand.
 
-    python benchmarks/step.py --preset paper                         # the small network
+    python benchmarks/step.py                                        # the small network
     python benchmarks/step.py --preset gta5                          # the paper's, best on a GPU
     python benchmarks/step.py --preset gta5 --precision bfloat16
     python benchmarks/step.py --preset gta5 --stage-batch 1          # the same on a CPU
@@ -324,7 +324,7 @@ def main() -> None:
     settings = parse_settings(sys.argv[1:])
     stages = settings.stages
     if (stages.labels, stages.objective, stages.mix) != ("both", "paper", False):
-        sys.exit("This is the step of --preset paper, gta5 or synthia alone.")
+        sys.exit("This is the step of the paper's protocol alone, not of self-training.")
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     head = [

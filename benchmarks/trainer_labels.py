@@ -52,7 +52,7 @@ def run(folder: Path, flags: list[str]) -> None:
         raise SystemExit(f"{folder} holds a run of other flags: remove it or name another --output")
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.mkdir(parents=True)
-    command = [sys.executable, str(TRAIN), "--preset", "paper", "--output", str(folder), *flags]
+    command = [sys.executable, str(TRAIN), "--output", str(folder), *flags]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
     finished.write_text(" ".join(flags), "utf-8")

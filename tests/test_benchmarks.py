@@ -178,7 +178,7 @@ def test_sweeps_vary_one_thing_at_a_time() -> None:
 
 def test_the_step_by_hand_is_the_example_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "REPEATS", 1)
-    settings = parse_settings(["--preset", "paper", "--crop", "32", "48", "--device", "cpu"])
+    settings = parse_settings(["--crop", "32", "48", "--device", "cpu"])
     rows = step.measure(settings)
     assert [row[0] for row in rows] == ["anchorda", "by hand"]
 

@@ -6,9 +6,9 @@ features to one anchor for each class, and chooses the minimum margins. In each 
 images, and the trained network minimizes `stage_losses` or `released_losses`. The copy follows the
 trained network (`--teacher`).
 
-By default the labels are those of the classifier. `--preset paper` is CAG-UDA (arXiv 1910.13049):
-labels by anchors and by probability above minimums, from a copy that is frozen, the distance loss,
-and no mixing.
+By default this is CAG-UDA (arXiv 1910.13049): labels by anchors and by probability above minimums,
+from a copy that is frozen, the distance loss, and no mixing. `--preset self-training` has all
+labels of the classifier, from a copy that moves, and mixing, without anchors.
 """
 
 import math
@@ -47,21 +47,21 @@ class StageSettings:
     """Learning rate at the start of each stage."""
     objective: Literal["paper", "released"] = "paper"
     """Form of the losses: the paper's, or as the released code has them (anchorda.released)."""
-    labels: Literal["probability", "anchor", "agree", "rectify", "both"] = "probability"
+    labels: Literal["probability", "anchor", "agree", "rectify", "both"] = "both"
     """Labels of target pixels: by the classifier's probability; by the nearest anchor; where both
     agree, or by the probability times the soft assignment to the anchors, with the anchors in the
     metric of the features' covariance; or both label maps with a loss for each, the paper's."""
-    mix: bool = True
+    mix: bool = False
     """Paste the pixels of half of the classes of a source image, with their labels, into each
     target image (class mixing, arXiv 2007.08702)."""
-    margin: str = "0"
+    margin: str = "coverage:0.2,precision:0.5"
     """Minimum margin of anchor labels: a number for all classes,
     coverage:Q to label that part of each class's pixels on the target,
     precision:P to have that part of each class's labels right on the held-out source,
     or several of these, separated by commas, of which the highest counts."""
-    probability: Fraction = 0.0
+    probability: Fraction = 0.95
     """Minimum probability of the classifier's labels."""
-    distance_weight: Weight = 0.0
+    distance_weight: Weight = 0.02
     """Weight of the distance loss; 0 leaves it out."""
 
     def weighs_labels(self) -> bool:

@@ -93,7 +93,8 @@ def _plain(value: object) -> object:
 @dataclasses.dataclass(frozen=True)
 class _CommandLine(Settings):
     preset: str | None = None
-    """A preset: gta5 or synthia for the paper's settings, or a TOML file. Flags override it."""
+    """A preset: gta5 or synthia for the paper's settings; self-training for stages without anchors;
+    or a TOML file. Flags override it."""
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:

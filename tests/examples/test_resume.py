@@ -19,6 +19,7 @@ from tests.ranks import forkserver
 
 KILLS = 16
 FLAGS = [
+    *("--preset", "self-training"),  # has the most to remember: a teacher, and what is pasted
     *("--resize", "height:32", "--crop", "32", "48", "--workers", "0", "--device", "cpu"),
     *("--warmup-iterations", "12", "--stages", "2", "--stage-iterations", "12", "--baseline"),
     *("--warmup", "adversarial", "--teacher", "0.8", "--precision", "bfloat16"),

@@ -84,7 +84,7 @@ def initial(settings: Settings) -> Segmenter:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--objective", "released", "--preset", "paper", "--distance-weight", "0.7"),
+        ("--objective", "released", "--distance-weight", "0.7"),
         (
             *("--teacher", "0.9", "--evaluate-every", "1", "--best-by", "target"),
             *("--optimizer", "sgd", "--no-photometric", "--no-class-weights"),

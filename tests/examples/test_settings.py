@@ -57,18 +57,19 @@ def test_presets_are_the_published_settings(preset: str) -> None:
     }
     plain = settings.plain()
     assert {name: plain[name] for name in expected} == expected
-    assert {path.stem for path in PRESETS.glob("*.toml")} == {"gta5", "paper", "synthia"}
+    assert {path.stem for path in PRESETS.glob("*.toml")} == {"gta5", "self-training", "synthia"}
 
 
-def test_the_paper_preset_is_of_the_stages_alone() -> None:
-    default, paper = (parse_settings(flags).plain() for flags in ([], ["--preset", "paper"]))
-    assert {name: paper[name] for name in paper if paper[name] != default[name]} == {
-        "labels": "both",
-        "mix": False,
-        "margin": "coverage:0.2,precision:0.5",
-        "probability": 0.95,
-        "distance_weight": 0.02,
-        "teacher": 0.0,
+def test_self_training_is_a_preset_of_the_stages_alone() -> None:
+    flags = ["--preset", "self-training"]
+    default, changed = (parse_settings(given).plain() for given in ([], flags))
+    assert {name: value for name, value in changed.items() if value != default[name]} == {
+        "labels": "probability",
+        "mix": True,
+        "margin": "0",
+        "probability": 0.0,
+        "distance_weight": 0.0,
+        "teacher": 0.99,
     }
 
 
@@ -107,7 +108,7 @@ def test_a_wrong_preset_is_named(
     [
         (
             ["--preset", "gta"],
-            "there is no preset 'gta': expected gta5, paper, synthia, or a TOML file",
+            "there is no preset 'gta': expected gta5, self-training, synthia, or a TOML file",
         ),
         (["--source", "x"], "--source and --target belong together: give both, or neither"),
         (["--stage-iterations", "0"], "--stage-iterations: expected a number of at least 1"),
@@ -138,7 +139,7 @@ def test_a_wrong_preset_is_named(
         (["--warmup-checkpoint", "nowhere.pt"], "there is no warm-up checkpoint nowhere.pt"),
         (["--batch-norm", "sync"], "--batch-norm sync works on GPUs alone"),
         (
-            ["--objective", "released", "--labels", "both"],
+            ["--objective", "released", "--mix"],
             "--objective released always has --labels both and --no-mix",
         ),
         (["--stage-iter", "5"], "Unrecognized options: --stage-iter"),

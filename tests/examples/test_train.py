@@ -82,7 +82,9 @@ def test_a_run_leaves_all_that_a_person_expects(whole: Path) -> None:
         *(("stage 1", 1), ("stage 2", 1)),
     ]
     labelers = [(e["phase"], e["labeler"]) for e in events if e["kind"] == "pseudo-labels"]
-    assert labelers == [("stage 1", "probability"), ("stage 2", "probability")]
+    assert labelers == [
+        (f"stage {k}", labeler) for k in (1, 2) for labeler in ("anchor", "probability")
+    ]
     left = {path.relative_to(whole).as_posix() for path in whole.rglob("*.*")}
     pictures = ("margins", "panels", "curves", "anchor_distances", "label_quality")
     assert left >= {
@@ -159,7 +161,8 @@ def test_labels_of_every_pixel_weigh_as_much_as_part_of_them_is_sure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(method, "SURE", 2.0)  # no pixel is
-    events = run(pair, tmp_path / "run", "--no-mix", "--stages", "1", *flags)
+    preset = ["--preset", "self-training", "--no-mix", "--stages", "1"]
+    events = run(pair, tmp_path / "run", *preset, *flags)
     terms = [e["terms"] for e in events if e["kind"] == "losses" and e["phase"] == "stage 1"]
     assert isinstance(terms[0], dict)
     (of_labels,) = (value for name, value in terms[0].items() if name.endswith("labels"))

@@ -44,7 +44,7 @@ class TrainingSettings:
     """Parts in which the gradient of a batch is computed, one after the other, to save memory."""
     max_iterations: Count = 0
     """Maximum iterations of every phase; 0 sets none."""
-    teacher: Fraction = 0.99
+    teacher: Fraction = 0.0
     """Decay of a moving average of the weights, with which a phase ends, and which labels the
     target in a stage. 0 ends with the weights themselves, and a stage's labels are those of the
     network that it begins with."""
