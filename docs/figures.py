@@ -235,7 +235,7 @@ TASKS = (
     Task(
         "trainer:\nsynthetic streets",
         "trainer_synthetic.csv",
-        ("source only", "warm-up", "stage 3"),
+        ("warm-up", "control, stage 3", "default, stage 3"),
     ),
 )
 
