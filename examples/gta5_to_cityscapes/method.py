@@ -65,7 +65,7 @@ class StageSettings:
     """Weight of the distance loss; 0 leaves it out."""
 
     def weighs_labels(self) -> bool:
-        """Return whether all pixels are labeled: the labels then weigh as much as part is sure."""
+        """Return whether labels weigh by the share of sure pixels: those without a minimum do."""
         return self.labels in ("probability", "agree", "rectify") and self.probability == 0
 
     def check(self) -> None:
@@ -196,7 +196,7 @@ class Labeled(NamedTuple):
 
 
 def label_target(stage: Stage, images: Tensor, kinds: str) -> Labeled:
-    """Label target images, by `--labels`."""
+    """Return the labels of target images (N, 3, H, W) by `--labels`, maps (N, h, w)."""
     labels, by_anchor, by_probability = stage.labeler(images)
     sure = (by_probability.scores > SURE).float().mean()
     if kinds == "both":
@@ -272,9 +272,8 @@ def stage_losses(
     """Classify both domains, and pull them to the anchors of their (pseudo-)labels if asked to."""
     source, labels, target = batch
     pseudo, sure = label_target(stage, target, settings.labels)
-    weights = (sure if settings.weighs_labels() else torch.ones_like(sure)).expand(
-        next(iter(pseudo.values())).shape
-    )
+    weight = sure if settings.weighs_labels() else torch.ones_like(sure)
+    weights = weight.expand(next(iter(pseudo.values())).shape)
     if settings.mix:
         target, pseudo, of_source = mix(
             source, labels, target, pseudo, data.class_weight, len(data.classes)

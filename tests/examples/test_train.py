@@ -151,7 +151,12 @@ def test_half_of_the_classes_of_an_image_are_pasted() -> None:
 @pytest.mark.usefixtures("_without_report")
 @pytest.mark.parametrize(
     ("flags", "weighed"),
-    [((), True), (("--labels", "agree"), True), (("--probability", "0.01"), False)],
+    [
+        ((), True),
+        (("--labels", "agree"), True),
+        (("--probability", "0.01"), False),
+        (("--mix",), False),  # true labels of pasted pixels weigh by their class
+    ],
 )
 def test_labels_of_every_pixel_weigh_as_much_as_part_of_them_is_sure(
     flags: tuple[str, ...],
