@@ -6,7 +6,7 @@ starts from the same network and takes as many steps as a control on the source 
 are those of the methods for maps, `examples/methods`, whose files have the papers' words.
 
     pip install ".[examples]"
-    python examples/digits.py                              # all methods, five seeds, two minutes
+    python examples/digits.py                              # all rows, five seeds, 2:20 minutes
     python examples/digits.py --method cag_uda proda
 
 Nothing was chosen by the labels of the target, which are used for the printed accuracies alone: the
