@@ -40,8 +40,9 @@ def started() -> int:
 
 
 def stop() -> None:
-    """Leave the other processes."""
+    """Leave the other processes, all at once: the first may still be writing the report."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

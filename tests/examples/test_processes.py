@@ -209,7 +209,8 @@ def test_torchrun_leaves_one_log_and_one_set_of_checkpoints(folder: Path) -> Non
     ]
     finished = subprocess.run(
         command, capture_output=True, text=True, timeout=2 * SECONDS,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # Without progress bars, so that a failure's output is short; with the stack of a crash.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("Report: ") == 1
