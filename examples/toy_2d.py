@@ -4,7 +4,7 @@ Three classes of points; the target's are turned against the source's. A tiny ne
 the source. Then, stage by stage: anchors from the source, a margin that labels half of the target,
 pseudo-labels, and training on both. It ends with the accuracies and a picture.
 
-    python examples/toy_2d.py --output toy_2d.png
+    python examples/toy_2d.py --output runs/toy_2d.png
 
 The true labels of the target are used for the printed numbers and for nothing else.
 """
@@ -155,13 +155,14 @@ def save_picture(
         "stars: anchors; colored: labeled; gray: ignored; circled: labeled wrong; "
         "shaded: where the margin exceeds its minimum", fontsize=9,
     )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Run it all; return the accuracy on the target after every phase."""
     parser = argparse.ArgumentParser(description="Class anchors in two dimensions, with a picture.")
-    parser.add_argument("--output", type=Path, default=Path("toy_2d.png"), help="the picture")
+    parser.add_argument("--output", type=Path, default=Path("runs/toy_2d.png"), help="the picture")
     parser.add_argument("--degrees", type=float, default=50.0, help="how far the target is turned")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

@@ -12,7 +12,7 @@ from PIL import Image
 def test_stages_make_the_network_better_on_the_target(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = tmp_path / "toy.png"
+    picture = tmp_path / "new" / "toy.png"
     arguments = ["--output", str(picture), "--stages", "2", "--seed", str(seed)]
     results = toy_2d.main(arguments)
     assert list(results) == ["source only", "stage 1", "stage 2"]
