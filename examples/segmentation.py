@@ -32,7 +32,6 @@ from light_network import build_network
 
 MARK = 256  # added to pseudo-labels, to tell them from pasted true labels
 DECAY = 0.98  # of moving averages of the weights
-SURE = 0.968  # probability of a sure label (arXiv 2007.08702)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Options:
     best_by: Literal["last", "source", "information", "agreement"] = "last"  # Choice in a stage.
     control: bool = False  # Also train as many steps on the source alone, to compare with.
     warmup_iterations: int = 360  # Steps of the warm-up, at most.
-    stages: int = 3  # Rounds of labeling the target and training on it.
+    stages: int = 6  # Rounds of labeling the target and training on it.
     stage_iterations: int = 60  # Steps of a stage.
     batch: int = 4  # Images of each domain in a step.
     rate: float = 1e-3  # Learning rate at the start of a phase.
@@ -135,14 +134,14 @@ def freeze(network: nn.Module, data: Data, options: Options) -> anchorda.StageLa
 
 
 def label_all(network: nn.Module, data: Data, options: Options) -> Label:
-    """Begin to label every target pixel; the labels weigh as much as part of them is sure."""
+    """Begin to label every target pixel; a label weighs as much as its probability."""
     stage = freeze(network, data, options)
 
     def label(network: nn.Module, target: Tensor) -> Batch:
         if options.teacher == "average":
             stage.follow(network, DECAY)
         labels, _, (_, scores) = stage(target)
-        return labels, (scores > SURE).float().mean().expand(labels.shape)
+        return labels, scores
 
     return label
 
