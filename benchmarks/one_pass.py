@@ -3,7 +3,7 @@
     python benchmarks/one_pass.py --output runs/one-pass --camvid DIR --carla DIR
 
 Day to dusk, with DIR as in `own_images.py`; CARLA to Cityscapes, with DIR as
-`carla_to_cityscapes.py` lays it out; and the synthetic pair of own images, drawn anew for each
+`street_pairs.py` lays it out; and the synthetic pair of own images, drawn anew for each
 seed. Anchors and discriminants have no seed; on the pairs of photographs the linear probes have
 three. Results: OUTPUT/frozen_features.csv, and the tables in Markdown.
 """
