@@ -95,7 +95,7 @@ class Settings:
     streets: Path | None = None  # Folder of CARLA to Cityscapes and the two pairs to choose by.
     encoder: str = ""  # Frozen encoder of the row of that name, as of `frozen_features.py`.
     tasks: tuple[str, ...] = TASKS  # Tasks to run.
-    rows: tuple[str, ...] = ()  # Rows to run; all if empty.
+    rows: tuple[str, ...] = ()  # Rows to run, with the control; all if empty.
     from_nothing: bool = False  # Draw the weights of the network at random.
     seeds: tuple[int, ...] = (0, 1, 2)  # Seeds to run.
     threads: int = 1  # CPU threads.
@@ -297,8 +297,8 @@ def build_start(num_classes: int, options: Options, *, from_nothing: bool) -> nn
 def run_maps(task: str, seed: int, settings: Settings) -> Scores:
     """Return the scores of the rows on a task of maps."""
     output = settings.output / task / f"seed{seed}"
-    rows = settings.rows or tuple(ROWS)
-    paths = {name: output / f"{name}.json" for name in (*STARTS, *rows)}
+    rows = settings.rows or (*STARTS, *ROWS)
+    paths = {name: output / f"{name}.json" for name in rows}
     if not all(path.exists() for path in paths.values()):
         data = open_task(task, seed, settings)
         options = Options(
