@@ -51,7 +51,7 @@ class Options:
     best_by: Literal["last", "source", "information", "agreement"] = "last"  # Choice in a stage.
     control: bool = False  # Also train as many steps on the source alone, to compare with.
     warmup_iterations: int = 360  # Steps of the warm-up, at most.
-    stages: int = 6  # Rounds of labeling the target and training on it.
+    stages: int = 3  # Rounds of labeling the target and training on it.
     stage_iterations: int = 60  # Steps of a stage.
     batch: int = 4  # Images of each domain in a step.
     rate: float = 1e-3  # Learning rate at the start of a phase.
