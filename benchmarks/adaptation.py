@@ -94,7 +94,7 @@ class Settings:
     streets: Path | None = None  # Folder of CARLA to Cityscapes and the two pairs to choose by.
     encoder: str = ""  # Frozen encoder of the row of that name, as of `frozen_features.py`.
     tasks: tuple[str, ...] = TASKS  # Tasks to run.
-    rows: tuple[str, ...] = ()  # Rows to run, with the control; all if empty.
+    rows: tuple[str, ...] = ()  # Rows to run, the control among them; all if empty.
     from_nothing: bool = False  # Draw the weights of the network at random.
     stages: int = 2  # Stages of 60 steps.
     seeds: tuple[int, ...] = (0, 1, 2)  # Seeds to run.
@@ -411,9 +411,20 @@ def write_csv(path: Path, results: dict[str, list[Scores]], seeds: tuple[int, ..
                             writer.writerow([task, seed, name, number, domain, f"{value:.6f}"])
 
 
+def check_names(flag: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Exit if a name is not known."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"Expected {flag} of {', '.join(known)}, but got {', '.join(unknown)}.")
+
+
 def main() -> None:
     """Run what is missing, then write the tables and the chart."""
     settings = tyro.cli(Settings)
+    check_names("--tasks", settings.tasks, (*SIZES, "digits"))
+    check_names("--rows", settings.rows, (*STARTS, *ROWS))
+    if settings.rows and "control" not in settings.rows:
+        sys.exit("Expected --rows with control, which the others are compared with.")
     torch.set_num_threads(settings.threads)
     results: dict[str, list[Scores]] = {task: [] for task in settings.tasks}
     if "digits" in results:

@@ -2,10 +2,10 @@
 
     python benchmarks/one_pass.py --output runs/one-pass --camvid DIR --carla DIR
 
-Day to dusk, with DIR as in `own_images.py`; CARLA to Cityscapes, with DIR as
-`street_pairs.py` lays it out; and the synthetic pair of own images, drawn anew for each
-seed. Anchors and discriminants have no seed; on the pairs of photographs the linear probes have
-three. Results: OUTPUT/frozen_features.csv, and the tables in Markdown.
+Day to dusk, with DIR as in `own_images.py`; CARLA to Cityscapes, the folder of that name which
+`street_pairs.py` writes; and the synthetic pair of own images, drawn anew for each seed. Anchors
+and discriminants have no seed; on the pairs of photographs the linear probes have three. Results:
+OUTPUT/frozen_features.csv, and the tables in Markdown.
 """
 
 import csv

@@ -31,8 +31,8 @@ SIZE = (240, 120)
 OTHER, VOID = "other", 255
 OF_CARLA = ("road", "sidewalk", OTHER)
 OF_STREETS = (
-    *("road", "sidewalk", "building", "fence", "pole", "vegetation", "sky", "person", "car"),
-)
+    "road", "sidewalk", "building", "fence", "pole", "vegetation", "sky", "person", "car",
+)  # fmt: skip
 # Road, lane marking and sidewalk in the CARLA labels. Other pixels are black; 731 of all are blue.
 COLORS = {(50, 64, 128): "road", (157, 234, 50): "road", (255, 255, 255): "sidewalk"}
 # Names of the ids in the Cityscapes masks, whose 0 and 1 are void, and of Cityscapes' raw ids, as
@@ -85,7 +85,7 @@ def read_history(
 
 
 def indices(label: Ids, names: dict[int, str], classes: tuple[str, ...]) -> Ids:
-    """Return the index of each pixel's class, `OTHER`'s or `VOID` for a name that is no class."""
+    """Return the index (H, W) of each pixel's class; a name that is no class is `OTHER` or void."""
     table = np.full(256, VOID, np.uint8)
     for value, name in names.items():
         if name in classes or OTHER in classes:

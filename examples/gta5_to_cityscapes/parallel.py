@@ -42,7 +42,7 @@ def started() -> int:
 def stop() -> None:
     """Leave the other processes, all at once: the first may still be writing the report."""
     if dist.is_initialized():
-        dist.barrier()
+        wait()
         dist.destroy_process_group()
 
 

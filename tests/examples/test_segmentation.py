@@ -270,8 +270,9 @@ def test_labels_follow_the_network_and_weigh_as_much_as_their_probability(
         with torch.no_grad():
             _, logits = segmentation.at_full_size(followed.eval(), target)
         scores, predicted = logits.softmax(dim=1).max(dim=1)
-        assert (labels == predicted).double().mean() > 0.95
-        assert (weights - scores).abs().mean() < 0.02
+        assert (labels == predicted).double().mean() > 0.999
+        error = (weights - scores).abs().mean()  # measured: 1e-4 of the average, 0 of the copy
+        assert error < (3e-4 if teacher == "average" else 1e-6)
         assert (scores.mean() > 0.9) == (teacher == "average")
 
 
